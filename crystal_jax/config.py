@@ -1,0 +1,385 @@
+"""The configuration: typed dataclasses, declared once, and their validation.
+
+This file owns every field a user can set and the rule each one obeys. It imports the standard library only, and
+nothing is allocated before `validate` has passed.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from crystal_jax.errors import UserError
+
+PUBLISHED_VOCAB = 32032
+DOMAINS = ("text", "code")
+
+
+@dataclass(unsafe_hash=True)
+class ModelConfig:
+    """The Crystal transformer (LLM360 CrystalCoder, released config.json)."""
+
+    vocab_size: int = PUBLISHED_VOCAB
+    embed_dim: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    mlp_dim: int = 10922
+    max_length: int = 2048
+    rotary_dim: int = 32
+    """Leading dims of each head that are rotated, in interleaved pairs."""
+    rotary_base: float = 10000.0
+    norm_eps: float = 1e-5
+    mup_base_width: int = 256
+    """Width at which the maximal-update parametrisation equals the standard one."""
+    embed_scale: float = 14.6
+    output_scale: float = 2.22
+    """Logits are multiplied by output_scale * width_scale."""
+    init_std: float = 0.073
+    """Of the embedding; hidden matrices take init_std * sqrt(width_scale)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def width_scale(self) -> float:
+        """mup_base_width / embed_dim: 1/16 for the 7B model."""
+        return self.mup_base_width / self.embed_dim
+
+    @property
+    def logit_scale(self) -> float:
+        return self.output_scale * self.width_scale
+
+    @property
+    def matrix_std(self) -> float:
+        """0.01825 for the 7B model."""
+        return self.init_std * math.sqrt(self.width_scale)
+
+    @property
+    def output_std(self) -> float:
+        """Of the two projections that write to the residual stream: 0.00228125 for the 7B model."""
+        return self.matrix_std / math.sqrt(2 * self.num_layers)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW as Crystal used it: epsilon is added before the bias correction (optimizer.py)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-9
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass
+class LearningRate:
+    """Linear from 0 to `peak` over `warmup_steps`, then linear to `end` over `decay_steps`.
+
+    A phase that ends before the decay does leaves the schedule where it is (Crystal's phase 1).
+    """
+
+    peak: float = 0.012
+    warmup_steps: int = 86
+    end: float = 0.00012
+    decay_steps: int = 1000
+
+
+@dataclass
+class Subset:
+    """Which part of a source a phase reads: input files by ordinal, then the first part of their tokens."""
+
+    files: str = "all"
+    """all, even or odd."""
+    first: float = 1.0
+    """The leading share, in (0, 1]."""
+
+
+@dataclass
+class Source:
+    """One token store and the side of the mixture that it counts towards."""
+
+    store: str = ""
+    """Folder of the store, below data.root."""
+    domain: str = "text"
+    """text or code."""
+
+
+@dataclass
+class Phase:
+    """A phase of training as one object: budget, mixture, FIM, schedule, optimizer and calendar."""
+
+    name: str = "phase1"
+    steps: int | None = None
+    tokens: int | None = None
+    """The budget in tokens, instead of `steps`; rounded to whole steps."""
+    global_batch_size: int = 8
+    """Sequences per step."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Source name to its share of the phase's tokens; the shares sum to 1."""
+    subset: dict[str, Subset] = field(default_factory=dict)
+    """Source name to the part that is read; a source that isn't named is read whole."""
+    epochs: dict[str, float] = field(default_factory=dict)
+    """Source name to how often the phase means to read its subset; a plan that would read it more often is refused."""
+    fim_rate: dict[str, float] = field(default_factory=dict)
+    """Source name to the share of its document segments that become fill-in-the-middle."""
+    spm_rate: float = 0.5
+    """Of those segments, the share in suffix-prefix-middle order."""
+    lr: LearningRate = field(default_factory=LearningRate)
+    optimizer: str = "fresh"
+    """fresh (moments and their step count restart) or carried."""
+    checkpoint_every: int = 1500
+    """Steps between the permanent checkpoints of the phase; its last step is always one."""
+
+
+@dataclass
+class DataConfig:
+    root: str = "data"
+    """Folder that holds the token stores."""
+    tokenizer: str = "tokenizer.json"
+    """The tokenizer.json that made the stores, below data.root."""
+    sequence_length: int = 2048
+    seed: int = 1
+    fim_mode: str = "local"
+    """local (character-level), crystal (as published, with its faults) or none."""
+
+
+@dataclass
+class MeshConfig:
+    """Devices along each mesh axis; -1 for one of them takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass
+class TrainingConfig:
+    seed: int = 1
+    """Of the initial parameters."""
+    dtype: str = "bfloat16"
+    """Of activations and of weights in matrix products; master weights and optimizer state are float32."""
+    remat: str = "full"
+    """full (recompute each layer in the backward pass) or none."""
+    unroll: int = 1
+    """Layers per iteration of the scan: num_layers unrolls it."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_sequences: int = 256
+    """Held-out sequences per domain."""
+    skip_nonfinite: int = 3
+    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 250
+    """Between rolling full states."""
+    keep_last: int = 3
+    export_dtype: str = "bfloat16"
+    """Of the permanent checkpoints."""
+
+
+@dataclass
+class Config:
+    name: str = "crystal"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sources: dict[str, Source] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON data."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, data: Any, path: str = "config") -> Any:
+    """The dataclass that `to_dict` wrote.
+
+    Raises:
+      UserError: an unknown key (with the nearest name) or a value of the wrong type, by its path.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: {data!r} should be an object with the fields of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise UserError(f"{path}.{key}: unknown field{nearest(key, hints)}")
+    return cls(**{key: _build(hints[key], value, f"{path}.{key}") for key, value in data.items()})
+
+
+def _build(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path)
+    if origin is dict and isinstance(value, dict):
+        return {key: _build(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_build(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    _check_type(value, hint, path)
+    return value
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """'; did you mean X?' for the closest of `names`, else the list of them."""
+    names = [str(n) for n in names]
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(names))}"
+
+
+def digest(data: Any) -> str:
+    """A short, stable hash of plain JSON data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def validate(config: Config) -> Config:
+    """The config itself, once every rule holds.
+
+    Raises:
+      UserError: the first rule that doesn't hold: the field's path, its value, the rule.
+    """
+    _check_types(config, "config")
+    _check_model(config.model, config.data.sequence_length)
+    if not config.phases:
+        raise UserError("config.phases: empty; a recipe needs at least one phase")
+    names = [phase.name for phase in config.phases]
+    if len(set(names)) < len(names):
+        raise UserError(f"config.phases: names {names} must differ, since exports are filed under them")
+    for name, source in config.sources.items():
+        _require(bool(source.store), f"config.sources.{name}.store", source.store, "a folder below data.root")
+        _one_of(f"config.sources.{name}.domain", source.domain, DOMAINS)
+    for index, phase in enumerate(config.phases):
+        _check_phase(phase, config, f"config.phases[{index}]")
+    _check_rest(config)
+    return config
+
+
+def _check_types(value: Any, path: str) -> None:
+    for name, hint in typing.get_type_hints(type(value)).items():
+        _check_type(getattr(value, name), hint, f"{path}.{name}")
+
+
+def _check_type(value: Any, hint: Any, path: str) -> None:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is not None:
+            _check_type(value, next(arg for arg in args if arg is not type(None)), path)
+    elif origin is dict:
+        _require(isinstance(value, dict), path, value, "a dict")
+        for key, item in value.items():
+            _check_type(item, args[1], f"{path}.{key}")
+    elif origin is list:
+        _require(isinstance(value, list | tuple), path, value, "a list")
+        for index, item in enumerate(value):
+            _check_type(item, args[0], f"{path}[{index}]")
+    elif dataclasses.is_dataclass(hint):
+        _require(isinstance(value, typing.cast(type, hint)), path, value, f"a {typing.cast(type, hint).__name__}")
+        _check_types(value, path)
+    elif hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(number, path, value, "a finite number")
+    else:
+        _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), path, value,
+                 {int: "a whole number", str: "a string", bool: "true or false"}[hint])
+
+
+def _require(condition: bool, path: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{path}: {value!r} must be {rule}")
+
+
+def _positive(owner: Any, path: str, *names: str) -> None:
+    for name in names:
+        _require(getattr(owner, name) > 0, f"{path}.{name}", getattr(owner, name), "above 0")
+
+
+def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{path}: {value!r} must be one of {', '.join(choices)}")
+
+
+def _check_model(model: ModelConfig, sequence_length: int) -> None:
+    path = "config.model"
+    _positive(model, path, "vocab_size", "embed_dim", "num_layers", "num_heads", "mlp_dim", "max_length", "rotary_base",
+              "norm_eps", "mup_base_width", "embed_scale", "output_scale", "init_std")
+    _require(model.embed_dim % model.num_heads == 0, f"{path}.embed_dim", model.embed_dim,
+             f"a multiple of num_heads = {model.num_heads}")
+    _require(0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0, f"{path}.rotary_dim",
+             model.rotary_dim, f"even and at most the head size {model.head_dim}")
+    _require(1 < sequence_length <= model.max_length, "config.data.sequence_length", sequence_length,
+             f"from 2 to model.max_length = {model.max_length}")
+
+
+def _check_phase(phase: Phase, config: Config, path: str) -> None:
+    _require(bool(phase.name) and phase.name.replace("_", "").replace("-", "").isalnum(), f"{path}.name", phase.name,
+             "letters, digits, - and _ only, since it names a folder")
+    if (phase.steps is None) == (phase.tokens is None):
+        raise UserError(f"{path}: steps = {phase.steps}, tokens = {phase.tokens}: set exactly one of the two")
+    _positive(phase, path, "global_batch_size", "checkpoint_every")
+    budget = "steps" if phase.steps is not None else "tokens"
+    _positive(phase, path, budget)
+    if phase.tokens is not None:
+        per_step = phase.global_batch_size * config.data.sequence_length
+        _require(phase.tokens >= per_step, f"{path}.tokens", phase.tokens, f"at least one step of {per_step} tokens")
+    _check_mix(phase, config, path)
+    for owner, rates in (("fim_rate", phase.fim_rate), ("epochs", phase.epochs), ("subset", phase.subset)):
+        for name in rates:
+            if name not in phase.mix:
+                raise UserError(f"{path}.{owner}.{name}: not in the phase's mix{nearest(name, phase.mix)}")
+    for name, rate in [*phase.fim_rate.items()]:
+        _require(0 <= rate <= 1, f"{path}.fim_rate.{name}", rate, "from 0 to 1")
+    _require(0 <= phase.spm_rate <= 1, f"{path}.spm_rate", phase.spm_rate, "from 0 to 1")
+    for name, epochs in phase.epochs.items():
+        _require(epochs > 0, f"{path}.epochs.{name}", epochs, "above 0")
+    for name, subset in phase.subset.items():
+        _one_of(f"{path}.subset.{name}.files", subset.files, ("all", "even", "odd"))
+        _require(0 < subset.first <= 1, f"{path}.subset.{name}.first", subset.first, "in (0, 1]")
+    _one_of(f"{path}.optimizer", phase.optimizer, ("fresh", "carried"))
+    _require(phase.lr.warmup_steps >= 0, f"{path}.lr.warmup_steps", phase.lr.warmup_steps, "0 or more")
+    _positive(phase.lr, f"{path}.lr", "peak", "decay_steps")
+    _require(phase.lr.end >= 0, f"{path}.lr.end", phase.lr.end, "0 or more")
+
+
+def _check_mix(phase: Phase, config: Config, path: str) -> None:
+    _require(bool(phase.mix), f"{path}.mix", phase.mix, "a share for at least one source")
+    for name, weight in phase.mix.items():
+        if name not in config.sources:
+            raise UserError(f"{path}.mix.{name}: no such source{nearest(name, config.sources)}")
+        _require(weight > 0, f"{path}.mix.{name}", weight, "above 0; leave out a source that isn't read")
+    total = math.fsum(phase.mix.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"{path}.mix: the shares sum to {total:.9g}, not 1; divide each by {total:.9g}, or change one "
+                        f"by {1 - total:+.9g}")
+
+
+def _check_rest(config: Config) -> None:
+    training, optimizer, checkpoints = config.training, config.optimizer, config.checkpoints
+    _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32", "float64"))
+    _one_of("config.training.remat", training.remat, ("full", "none"))
+    _one_of("config.data.fim_mode", config.data.fim_mode, ("local", "crystal", "none"))
+    _one_of("config.checkpoints.export_dtype", checkpoints.export_dtype, ("bfloat16", "float32"))
+    _positive(training, "config.training", "unroll", "log_every", "eval_every", "eval_sequences", "skip_nonfinite")
+    _positive(checkpoints, "config.checkpoints", "every_steps", "keep_last")
+    _positive(optimizer, "config.optimizer", "eps", "clip_norm")
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"config.optimizer.{name}", value, "in [0, 1)")
+    _require(optimizer.weight_decay >= 0, "config.optimizer.weight_decay", optimizer.weight_decay, "0 or more")
+    for axis in ("data", "fsdp", "tensor"):
+        size = getattr(training.mesh, axis)
+        _require(size > 0 or size == -1, f"config.training.mesh.{axis}", size, "above 0, or -1 for what is left")
+    sizes = [training.mesh.data, training.mesh.fsdp, training.mesh.tensor]
+    _require(sizes.count(-1) < 2, "config.training.mesh", sizes, "-1 on one axis at most (data, fsdp, tensor)")
+    for path, seed in (("config.training.seed", training.seed), ("config.data.seed", config.data.seed)):
+        _require(seed >= 0, path, seed, "0 or more")

@@ -1,0 +1,191 @@
+"""The Crystal transformer, exactly as published, its parameters, and how they are drawn.
+
+A module holds declarations (layers.py); arrays live in a plain nested dict `params` with the module's own names, which
+is what optimizer, checkpoints and conversion see. `model.bind(params)` joins the two for computing.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from crystal_jax import loss, sharding
+from crystal_jax.attention import KV, Attention, Rotary, causal_mask
+from crystal_jax.config import ModelConfig
+from crystal_jax.layers import MLP, LayerNorm, Param, ParamSpec, declare, rotary_tables
+
+Params = dict[str, Any]
+"""Nested dict of arrays; layers are stacked on the leading axis."""
+
+
+class Block(nnx.Module):
+    """One pre-norm layer; declared once for all layers, with their number as leading axis."""
+
+    def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
+        self.attn_norm = LayerNorm(config, stack)
+        self.attn = Attention(config, stack)
+        self.mlp_norm = LayerNorm(config, stack)
+        self.mlp = MLP(config, stack)
+
+    def __call__(self, h_BTD: jax.Array, rotary: Rotary, mask: jax.Array, cache: KV | None = None,
+                 at: jax.Array | None = None) -> tuple[jax.Array, KV]:
+        mixed_BTD, kv = self.attn(self.attn_norm(h_BTD), rotary, mask, cache, at)
+        h_BTD = h_BTD + mixed_BTD
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
+
+
+class Crystal(nnx.Module):
+    """Decoder with tied embeddings, muP multipliers and 1/d attention (LLM360 CrystalCoder).
+
+    `dtype` is that of activations and of weights in products; `remat` and `unroll` choose how the layer loop is
+    compiled and change no result beyond rounding.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str = "float32", remat: str = "none", unroll: int = 1):
+        V, D, L = config.vocab_size, config.embed_dim, config.num_layers
+        self.embed = declare((V, D), ("vocab", "embed"), "embedding", std=config.init_std)
+        self.layers = Block(config, (L,))
+        self.final_norm = LayerNorm(config)
+        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+
+    def bind(self, params: Params) -> "Crystal":
+        """This module with `params` in it."""
+        leaves, treedef = _leaves(self)
+        return jax.tree_util.tree_unflatten(treedef, [param.replace(_get(params, path)) for path, param in leaves])
+
+    def specs(self) -> Params:
+        """The declarations as a nested dict with the shape of `params`."""
+        specs: Params = {}
+
+        for path, param in _leaves(self)[0]:
+            node = specs
+            for name in path[:-1]:
+                node = node.setdefault(name, {})
+            node[path[-1]] = param.spec
+        return specs
+
+    def hidden(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
+               segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """The final, normalised stream [B, T, D] for tokens [B, T]."""
+        if positions_BT is None:
+            positions_BT = jnp.arange(ids_BT.shape[1])[None, :]
+        rotary = rotary_tables(self.config, positions_BT, self._wide)
+        mask = causal_mask(ids_BT.shape[1], segment_ids_BT)
+
+        def layer(h_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return block(h_BTD, rotary, mask)[0], None
+
+        if self.remat == "full":
+            layer = jax.checkpoint(layer)
+        h_BTD, _ = jax.lax.scan(layer, self.embedded(ids_BT), self.layers, unroll=self.unroll)
+        return self.final_norm(h_BTD)
+
+    def embedded(self, ids_BT: jax.Array) -> jax.Array:
+        """The stream that enters the first layer [B, T, D]."""
+        return loss.lookup(self.embed[...], ids_BT, jnp.dtype(self.dtype)) * self.config.embed_scale
+
+    def __call__(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
+                 segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Logits [B, T, V] in float32 (float64 where that is the dtype)."""
+        return self.logits(self.hidden(ids_BT, positions_BT, segment_ids_BT))
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        return loss.logits(hidden_BTD, self.embed[...], self.config.logit_scale)
+
+    def loss(self, ids_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(sum(nll * mask) / (B * T), nll [B, T] in nats): masked tokens stay in the denominator, as published."""
+        total, nll_BT = loss.cross_entropy(
+            self.hidden(ids_BT), self.embed[...], targets_BT, mask_BT, self.config.logit_scale)
+        return total / targets_BT.size, nll_BT
+
+    def extend(self, ids_BT: jax.Array, positions_BT: jax.Array, mask: jax.Array, cache: KV,
+               at: jax.Array) -> tuple[jax.Array, KV]:
+        """The normalised stream [B, T, D] of T more tokens, and the cache [L, B, N, S, H] with them at slot `at`.
+
+        `mask` [B, 1, T, S] says which slots each of them sees.
+        """
+        rotary = rotary_tables(self.config, positions_BT, self._wide)
+
+        def layer(h_BTD: jax.Array, block_and_cache: tuple[Block, KV]) -> tuple[jax.Array, KV]:
+            block, old = block_and_cache
+            return block(h_BTD, rotary, mask, old, at)
+
+        h_BTD, cache = jax.lax.scan(layer, self.embedded(ids_BT), (self.layers, cache), unroll=self.unroll)
+        return self.final_norm(h_BTD), cache
+
+    @property
+    def _wide(self) -> jnp.dtype:
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+
+def _leaves(module: Crystal) -> tuple[list[tuple[tuple[str, ...], Param]], Any]:
+    """((path of names, Param) of every parameter, tree definition)."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda node: isinstance(node, Param))
+    return [(tuple(key.name for key in path), param) for path, param in leaves], treedef
+
+
+def _get(params: Params, path: tuple[str, ...]) -> Any:
+    node: Any = params
+    for name in path:
+        node = node[name]
+    return node
+
+
+def is_spec(node: Any) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def parameter_count(specs: Params) -> int:
+    """Exact, without allocating anything: 6,575,278,720 for the 7B config."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+
+
+def map_specs(fn: Any, specs: Params, *rest: Params) -> Params:
+    """fn(spec, ...) over the declarations and trees of the same shape."""
+    return jax.tree.map(fn, specs, *rest, is_leaf=is_spec)
+
+
+def abstract_params(specs: Params, mesh: Mesh) -> Params:
+    """Shapes, dtype float32 and layouts of the parameters on `mesh`."""
+    return map_specs(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=sharding.named(mesh, spec.axes)), specs)
+
+
+def init_params(specs: Params, seed: int, mesh: Mesh) -> Params:
+    """Draws all parameters, float32, straight into their shards.
+
+    Values depend on the seed and a parameter's name and layer only, never on the mesh or the number of hosts, and are
+    drawn by numpy: compiling a random initialisation on a CPU costs as much as compiling the training step.
+    """
+
+    def draw(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
+        name = "/".join(str(key.key) for key in path)
+        layout = sharding.named(mesh, spec.axes)
+        return jax.make_array_from_callback(spec.shape, layout, lambda index: _draw(spec, name, seed, index))
+
+    return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
+
+
+def _draw(spec: ParamSpec, name: str, seed: int, index: tuple[slice, ...]) -> np.ndarray:
+    """One shard: each layer of a stack has a random stream of its own."""
+    if not spec.std:
+        return np.full(spec.shape, spec.mean, np.float32)[index]
+    if spec.axes[0] != "layers":
+        return truncated_normal(spec.shape, spec.std, f"{seed}/{name}")[index]
+    layers = range(*index[0].indices(spec.shape[0]))
+    return np.stack([truncated_normal(spec.shape[1:], spec.std, f"{seed}/{name}/{i}")[index[1:]] for i in layers])
+
+
+def truncated_normal(shape: tuple[int, ...], std: float, key: str) -> np.ndarray:
+    """Float32 draws of N(0, std^2) that lie within two standard deviations; redrawn where they don't."""
+    digest = hashlib.sha256(key.encode()).digest()
+    rng = np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+    values = rng.standard_normal(math.prod(shape), np.float32)
+    while (outside := np.flatnonzero(np.abs(values) > 2)).size:
+        values[outside] = rng.standard_normal(outside.size, np.float32)
+    return (values * np.float32(std)).reshape(shape)

@@ -1,0 +1,61 @@
+"""AdamW as Crystal used it: groups by kind of parameter, epsilon before the bias correction.
+
+The learning rate is no part of the optimizer: the recipe's schedule (phases.py) is the only clock, and its value is an
+argument of each update. The optimizer's own count is for the bias correction and restarts with fresh moments.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crystal_jax.config import ModelConfig, OptimizerConfig
+from crystal_jax.model import Params, map_specs
+
+# Group -> (learning-rate multiplier, decays). Hidden matrices take lr * width_scale, the muP rule: 0.0625 at 7B.
+GROUPS: dict[str, tuple[Any, bool]] = {
+    "matrix": (lambda model: model.width_scale, True),
+    "embedding": (lambda model: 1.0, True),
+    "vector": (lambda model: 1.0, False),
+}
+
+
+def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """m / (sqrt(v) + eps) * sqrt(1 - beta2^t) / (1 - beta1^t), with m and v the uncorrected moments.
+
+    optax.scale_by_adam corrects v before it adds epsilon; on the original optimizer's outputs that order is 100 times
+    further off.
+    """
+
+    def init(params: Params) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        assert isinstance(state, optax.ScaleByAdamState)
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
+        t = count.astype(jnp.float32)
+        correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
+        updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, specs: Params) -> optax.GradientTransformation:
+    """Updates to subtract after multiplication with the learning rate of the step."""
+    decays = map_specs(lambda spec: GROUPS[spec.group][1], specs)
+    multiplier = map_specs(lambda spec: GROUPS[spec.group][0](model), specs)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, multiplier)),
+    )
+
+
+def apply_updates(params: Params, updates: Params, lr: jax.Array) -> Params:
+    return jax.tree.map(lambda p, u: p - lr * u, params, updates)

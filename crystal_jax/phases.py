@@ -1,0 +1,193 @@
+"""The arithmetic of a recipe: steps, quotas, learning rate, calendar, and the same recipe at another scale.
+
+Everything here is a pure function of the config (standard library only), exact in integers: a step's phase, its
+learning rate, how many sequences every source has given by then, which steps are kept for ever.
+
+A sequence is `data.sequence_length` tokens that are predicted; `step` counts optimizer updates over the whole run,
+`phase_step` those within a phase. Update number s (from 0) of a phase uses the learning rate at s.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, Source, Subset
+from crystal_jax.errors import UserError
+
+
+def phase_steps(phase: Phase, sequence_length: int) -> int:
+    """Optimizer steps of a phase; a budget in tokens is rounded to the nearest step."""
+    if phase.steps is not None:
+        return phase.steps
+    assert phase.tokens is not None, "validate() wants steps or tokens"
+    per_step = phase.global_batch_size * sequence_length
+    return max(1, (phase.tokens + per_step // 2) // per_step)
+
+
+def quotas(mix: Mapping[str, float], sequences: int) -> dict[str, int]:
+    """Whole sequences per source that sum to `sequences`: largest remainder of share times total, in exact arithmetic.
+
+    Ties go to the source that is named first.
+    """
+    weights = {name: Fraction(weight) for name, weight in mix.items()}
+    total = sum(weights.values())
+    exact = {name: weight / total * sequences for name, weight in weights.items()}
+    counts = {name: math.floor(value) for name, value in exact.items()}
+    by_remainder = sorted(mix, key=lambda name: counts[name] - exact[name])
+    for name in by_remainder[: sequences - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """A phase placed in its run."""
+
+    phase: Phase
+    index: int
+    start: int
+    """Global step of its first update."""
+    steps: int
+    quotas: dict[str, int]
+    """Sequences that each source gives to the whole phase."""
+
+    @property
+    def end(self) -> int:
+        """Global step after its last update."""
+        return self.start + self.steps
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Phase steps whose parameters are kept for ever: each `checkpoint_every`-th and the last."""
+        every = self.phase.checkpoint_every
+        return sorted({*range(every, self.steps + 1, every), self.steps})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run as numbers."""
+
+    phases: tuple[PhasePlan, ...]
+    sequence_length: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.phases[-1].end
+
+    def at(self, step: int) -> tuple[PhasePlan, int]:
+        """(phase, phase step) of the update made at global `step`; the end of the run belongs to its last phase."""
+        for placed in self.phases:
+            if placed.start <= step < placed.end:
+                return placed, step - placed.start
+        last = self.phases[-1]
+        if step == last.end:
+            return last, last.steps
+        raise UserError(f"step {step}: the run goes from step 0 to {self.total_steps}")
+
+    def done(self, step: int) -> tuple[PhasePlan, int]:
+        """(phase, phase steps done) of the parameters after `step` updates: a phase's end belongs to that phase."""
+        placed, phase_step = self.at(step)
+        if phase_step == 0 and placed.index > 0:
+            placed = self.phases[placed.index - 1]
+            return placed, placed.steps
+        return placed, phase_step
+
+    def learning_rate(self, step: int) -> float:
+        """Peak-group learning rate of the update made at global `step`."""
+        placed, phase_step = self.at(step)
+        return learning_rate(placed.phase.lr, phase_step)
+
+    def calendar(self) -> dict[int, str]:
+        """Global step (updates done) to the folder of its permanent checkpoint, in order."""
+        return {
+            placed.start + step: checkpoint_name(placed.phase.name, step)
+            for placed in self.phases
+            for step in placed.kept_steps
+        }
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on after `step` updates."""
+        return sum(
+            min(max(step - placed.start, 0), placed.steps) * placed.phase.global_batch_size * self.sequence_length
+            for placed in self.phases
+        )
+
+
+def checkpoint_name(phase: str, phase_step: int) -> str:
+    return f"{phase}/step_{phase_step:06d}"
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a validated config."""
+    placed, start = [], 0
+    for index, phase in enumerate(config.phases):
+        steps = phase_steps(phase, config.data.sequence_length)
+        counts = quotas(phase.mix, steps * phase.global_batch_size)
+        placed.append(PhasePlan(phase, index, start, steps, counts))
+        start += steps
+    return Plan(tuple(placed), config.data.sequence_length)
+
+
+def learning_rate(lr: LearningRate, phase_step: int) -> float:
+    """The schedule of one phase: 0 at its first update, `peak` at `warmup_steps`, then linear to `end`."""
+    if phase_step < lr.warmup_steps:
+        return lr.peak * phase_step / lr.warmup_steps
+    decayed = min(phase_step - lr.warmup_steps, lr.decay_steps) / lr.decay_steps
+    return lr.peak + (lr.end - lr.peak) * decayed
+
+
+def code_share(phase: Phase, sources: dict[str, Source]) -> float:
+    return math.fsum(weight for name, weight in phase.mix.items() if sources[name].domain == "code")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a smaller copy of a recipe changes; all else follows from the original."""
+
+    steps: int
+    """Of all phases together; each keeps its share, and its schedule its shape."""
+    global_batch_size: int
+    sequence_length: int
+    kept: int
+    """Permanent checkpoints of all phases together, about."""
+    min_warmup: int
+    """A warm-up of 0.1% of a short phase would be less than one step."""
+    sources: dict[str, tuple[Source, tuple[str, ...]]]
+    """New source to (its store, the original sources whose shares it takes)."""
+
+
+def scaled(config: Config, scale: Scale, model: ModelConfig, name: str) -> Config:
+    """The same recipe on another scale: shares, FIM rates, subsets and the shape of each schedule are the original's."""
+    original = make_plan(config)
+    result = copy.deepcopy(config)
+    result.name, result.model = name, model
+    result.data.sequence_length = scale.sequence_length
+    result.sources = {key: dataclasses.replace(source) for key, (source, _) in scale.sources.items()}
+    members = {key: names for key, (_, names) in scale.sources.items()}
+    ratio = scale.steps / original.total_steps
+    every = max(1, round(scale.steps / scale.kept))
+    steps = quotas({placed.phase.name: placed.steps for placed in original.phases}, scale.steps)
+    for placed, phase in zip(original.phases, result.phases, strict=True):
+        phase.steps, phase.tokens = max(1, steps[phase.name]), None
+        phase.global_batch_size = scale.global_batch_size
+        phase.checkpoint_every = min(every, phase.steps)
+        phase.lr.warmup_steps = min(max(scale.min_warmup, round(phase.lr.warmup_steps * ratio)), phase.steps)
+        phase.lr.decay_steps = max(1, round((placed.phase.lr.warmup_steps + placed.phase.lr.decay_steps) * ratio)
+                                   - phase.lr.warmup_steps)
+        _merge_sources(phase, members)
+    return result
+
+
+def _merge_sources(phase: Phase, members: dict[str, tuple[str, ...]]) -> None:
+    """Sums the shares of merged sources; each takes the FIM rate and the subset of its heaviest member that has one."""
+    old = copy.deepcopy(phase)
+    merged = {key: [name for name in names if name in old.mix] for key, names in members.items()}
+    merged = {key: sorted(names, key=lambda name: -old.mix[name]) for key, names in merged.items() if names}
+    phase.mix = {key: math.fsum(old.mix[name] for name in names) for key, names in merged.items()}
+    phase.fim_rate = {key: max(old.fim_rate.get(name, 0.0) for name in names) for key, names in merged.items()
+                      if any(name in old.fim_rate for name in names)}
+    phase.subset = {key: copy.deepcopy(old.subset.get(names[0], Subset())) for key, names in merged.items()}
+    phase.epochs = {}
