@@ -379,7 +379,5 @@ def _check_rest(config: Config) -> None:
     for axis in ("data", "fsdp", "tensor"):
         size = getattr(training.mesh, axis)
         _require(size > 0 or size == -1, f"config.training.mesh.{axis}", size, "above 0, or -1 for what is left")
-    sizes = [training.mesh.data, training.mesh.fsdp, training.mesh.tensor]
-    _require(sizes.count(-1) < 2, "config.training.mesh", sizes, "-1 on one axis at most (data, fsdp, tensor)")
     for path, seed in (("config.training.seed", training.seed), ("config.data.seed", config.data.seed)):
         _require(seed >= 0, path, seed, "0 or more")

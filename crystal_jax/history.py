@@ -1,26 +1,119 @@
-"""Reading metrics.jsonl back: the one place that knows which of its lines still count.
+"""Reading a run's folder back: its config, its plan, and what metrics.jsonl and the manifest say happened.
 
-The file is append-only, so a run that was resumed from an earlier step has written some steps twice. Invariant: in
-what `read_metrics` returns, each (kind, step) occurs once, as it was written last, and training steps only go up.
+metrics.jsonl is append-only, so a run that was resumed from an earlier step has written some steps twice. Invariant:
+in what `read_metrics` returns, each (kind, step) occurs once, as it was written last, and training steps only go up.
 """
 
 import json
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from etils import epath
+import numpy as np
 
+from crystal_jax.config import Config, from_dict, validate
 from crystal_jax.errors import UserError
+from crystal_jax.phases import Plan, make_plan
 
 Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it, finished or not."""
+
+    folder: Path
+    config: Config
+    plan: Plan
+    starts: list[Line]
+    """One per process that trained."""
+    train: list[Line]
+    evals: list[Line]
+    checkpoints: list[Line]
+    """The permanent ones that exist, in order: name and step, and all of manifest.json's fields once it lists them."""
+
+    @property
+    def step(self) -> int:
+        """Updates done when the log was last written."""
+        return self.train[-1]["step"] if self.train else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.train[-1]["tokens"] if self.train else 0
+
+    @property
+    def resumed_at(self) -> list[int]:
+        """Steps at which a process took the run up again."""
+        return [line["step"] for line in self.starts if line["resumed"]]
+
+    def series(self, value: Callable[[Line], float | None]) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens, value) of the training lines that have the value; a null is a NaN."""
+        points = [(line["tokens"], value(line)) for line in self.train]
+        points = [(tokens, found) for tokens, found in points if found is not None]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        return np.asarray(x, np.float64), np.asarray(y, np.float64)
+
+    def consumption(self) -> list[dict[str, float]]:
+        """Tokens that each source has given to each phase so far; a phase that hasn't begun has none.
+
+        Exact at the steps of permanent checkpoints, so for every phase that is over; linear between two log lines.
+        """
+        cumulative = {0: dict.fromkeys(self.config.sources, 0)}
+        for line in [*self.train, *self.checkpoints]:
+            if line["step"] <= self.step and "tokens_per_source" in line:
+                cumulative[line["step"]] = line["tokens_per_source"]
+        steps = sorted(cumulative)
+        given = []
+        for placed in self.plan.phases:
+            ends = [placed.start, max(placed.start, min(placed.end, self.step))]
+            values = {name: np.interp(ends, steps, [cumulative[step].get(name, 0) for step in steps])
+                      for name in placed.quotas}
+            given.append({name: float(last - first) for name, (first, last) in values.items()})
+        return given
+
+
+def load_run(run_dir: str | os.PathLike[str]) -> Run:
+    """The run in a folder.
+
+    Raises:
+      UserError: the folder holds no run, or a file of it is damaged.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no run (there is no config.json); give the folder that train --run_dir=... wrote")
+    recorded = _read_json(folder / "config.json")
+    config = validate(from_dict(Config, {key: value for key, value in recorded.items() if key != "versions"}))
+    lines = read_metrics(folder / "metrics.jsonl")
+    checkpoints = {line["step"]: line for line in lines if line["kind"] == "checkpoint"}
+    if (folder / "manifest.json").exists():
+        checkpoints |= {entry["step"]: entry for entry in _read_json(folder / "manifest.json")["checkpoints"]}
+    return Run(
+        folder, config, make_plan(config),
+        starts=[line for line in lines if line["kind"] == "start"],
+        train=[line for line in lines if line["kind"] == "train"],
+        evals=[line for line in lines if line["kind"] == "eval"],
+        checkpoints=[checkpoints[step] for step in sorted(checkpoints)],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); restore it from a copy") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a JSON object; restore it from a copy")
+    return data
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
     """The lines of a metrics.jsonl that count, in the order in which they were written.
 
-    A "train" line takes back all that was written before it about later steps, since the run has gone back behind
-    them; any line takes back an earlier one of its kind and step. "start" lines, one per process, all stay.
+    A "start" or "train" line takes back all that was written before it about later steps, since the run has gone back
+    behind them; any line takes back an earlier one of its kind and step. "start" lines, one per process, all stay.
 
     Raises:
       UserError: no such file, or a damaged line that no interruption explains, by its number.
@@ -28,36 +121,33 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
     kept: list[Line] = []
     seen: set[tuple[str, int]] = set()
     first_later_step = math.inf
-    for line in reversed(_parse(epath.Path(path))):
+    for line in reversed(_parse(Path(path))):
         kind, step = line["kind"], line["step"]
-        if kind != "start":
-            if (kind, step) in seen or step > first_later_step:
-                continue
-            seen.add((kind, step))
-            if kind == "train":
-                first_later_step = step
+        if kind != "start" and ((kind, step) in seen or step > first_later_step):
+            continue
+        seen.add((kind, step))
+        if kind in ("start", "train"):
+            first_later_step = min(first_later_step, step)
         kept.append(line)
     return kept[::-1]
 
 
-def of_kind(lines: list[Line], kind: str) -> list[Line]:
-    return [line for line in lines if line["kind"] == kind]
-
-
-def _parse(path: epath.Path) -> list[Line]:
+def _parse(path: Path) -> list[Line]:
     """Every whole line. A killed process may leave half a line: the file's last, or one just before a "start"."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; the metrics of a run are in RUN/metrics.jsonl") from None
+        raise UserError(f"{path}: no such file; a run that has begun has one") from None
     texts = data.split(b"\n")
     parsed = [_parse_line(text) for text in texts]
-    for number, (text, line) in enumerate(zip(texts, parsed, strict=True), 1):
-        if line is None and text.strip():
-            following = next((later for later in parsed[number:] if later is not None), {"kind": "start"})
-            if following["kind"] != "start":
-                raise UserError(f"{path}: line {number} is damaged: {text[:40].decode(errors='replace')!r}; "
-                                "each line must be a JSON object with kind and step")
+    following = "start"
+    for number in range(len(texts) - 1, -1, -1):
+        line = parsed[number]
+        if line is not None:
+            following = line["kind"]
+        elif texts[number].strip() and following != "start":
+            raise UserError(f"{path}: line {number + 1} is damaged: {texts[number][:40].decode(errors='replace')!r}; "
+                            "each line must be a JSON object with kind and step")
     return [line for line in parsed if line is not None]
 
 

@@ -59,3 +59,13 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, specs: Params) -
 
 def apply_updates(params: Params, updates: Params, lr: jax.Array) -> Params:
     return jax.tree.map(lambda p, u: p - lr * u, params, updates)
+
+
+def moments(opt_state: optax.OptState) -> dict[str, Any]:
+    """Everything the optimizer remembers, as plain data: {count, mu, nu}."""
+    return next(part for part in opt_state if isinstance(part, optax.ScaleByAdamState))._asdict()
+
+
+def with_moments(opt_state: optax.OptState, values: dict[str, Any]) -> optax.OptState:
+    """The optimizer state with other moments; the inverse of `moments`."""
+    return tuple(part._replace(**values) if isinstance(part, optax.ScaleByAdamState) else part for part in opt_state)

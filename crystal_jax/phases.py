@@ -160,7 +160,7 @@ class Scale:
 
 
 def scaled(config: Config, scale: Scale, model: ModelConfig, name: str) -> Config:
-    """The same recipe on another scale: shares, FIM rates, subsets and the shape of each schedule are the original's."""
+    """The same recipe on another scale: shares, FIM rates, subsets and the shape of each schedule are the same."""
     original = make_plan(config)
     result = copy.deepcopy(config)
     result.name, result.model = name, model

@@ -7,11 +7,12 @@ Invariant: every number comes from the plan or is counted from the config here, 
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from crystal_jax.config import Config, ModelConfig, Subset
+from crystal_jax.data.schedule import Interleave
+from crystal_jax.data.store import MANIFEST, TokenStore
 from crystal_jax.phases import PhasePlan, Plan, checkpoint_name, code_share, learning_rate, make_plan
 
 STATE_BYTES = 12
@@ -131,10 +132,8 @@ def stated_sizes(config: Config, plan: Plan) -> Sizes:
 
 def _available_tokens(name: str, subset: Subset, config: Config, stated: Sizes) -> tuple[int | None, str | None]:
     """(tokens that a phase may read of the source, "store" or "stated"); (None, None) where nothing tells."""
-    store = epath.Path(config.data.root) / config.sources[name].store
-    if (store / "manifest.json").exists():
-        from crystal_jax.data.store import TokenStore
-
+    store = Path(config.data.root) / config.sources[name].store
+    if (store / MANIFEST).exists():
         return TokenStore.open(store).view("train", subset.files, subset.first).num_tokens, "store"
     if (name, subset.files) in stated:
         return round(stated[name, subset.files] * subset.first), "stated"
@@ -147,15 +146,13 @@ def describe_step(config: Config, step: int) -> dict[str, Any]:
     Raises:
       UserError: the run has no such step.
     """
-    from crystal_jax.data.schedule import Interleave
-
     plan = make_plan(config)
     done, phase_step = plan.done(step)
     coming, coming_step = plan.at(step)
     sequences = dict.fromkeys(config.sources, 0)
     for placed in plan.phases[: done.index + 1]:
         taken = min(step - placed.start, placed.steps) * placed.phase.global_batch_size
-        for name, count in Interleave(placed.quotas).counts(taken).items():
+        for name, count in Interleave.make(placed.quotas).counts(taken).items():
             sequences[name] += int(count)
     return {
         "step": step,
@@ -198,13 +195,13 @@ def render(plan: dict[str, Any], calendar: bool = False) -> str:
 def _render_phase(phase: dict[str, Any], calendar: bool) -> str:
     title = (f"{phase['name']}  steps {phase['first_step']:,} to {phase['end_step']:,} ({phase['steps']:,}), "
              f"{human(phase['tokens'])} tokens ({phase['tokens']:,})")
-    rates = [f"{point['phase_step']:,}: {point['lr']:.6g} ({point['at']})" for point in phase["learning_rate"]]
+    rates = [f"{point['at']} {point['lr']:.6g} ({point['phase_step']:,})" for point in phase["learning_rate"]]
     kept = phase["checkpoints"]
     facts = {
         "batch": f"{phase['global_batch_size']:,} sequences = {phase['tokens_per_step']:,} tokens",
         "code": f"{phase['code_share']:.1%} of the tokens",
         "optimizer": {"fresh": "fresh moments", "carried": "moments carried over"}[phase["optimizer"]],
-        "lr": "; ".join(rates),
+        "lr (step)": ", ".join(rates),
         "kept": f"{len(kept)} checkpoints: {kept[0]} .. {kept[-1]}, every {phase['checkpoint_every']:,} and the last",
     }
     lines = [title, "-" * WIDTH, *(f"  {key:<10}{value}" for key, value in facts.items())]
@@ -215,12 +212,13 @@ def _render_phase(phase: dict[str, Any], calendar: bool) -> str:
 
 def _source_table(phase: dict[str, Any]) -> list[str]:
     name_width = max(14, *(len(source["name"]) + 1 for source in phase["sources"]))
-    row = f"  {{:<{name_width}}}{{:>9}}{{:>13}}{{:>17}}{{:>9}}{{:>7}}{{:>9}}  {{:<10}}{{:>4}}{{:>5}}".format
+    row = f"  {{:<{name_width}}}{{:>9}}{{:>13}}{{:>16}}{{:>9}}{{:>7}}{{:>9}}  {{:<10}}{{:>4}}{{:>5}}".format
     lines = [row("source", "share", "sequences", "tokens", "", "epochs", "of", "subset", "FIM", "SPM")]
     for source in phase["sources"]:
         mark = "~" if source["available_from"] == "stated" else ""
         known = source["available_tokens"] is not None
-        parts = [source["files"]] * (source["files"] != "all") + [f"first {source['first']:.3g}"] * (source["first"] < 1)
+        parts = [source["files"]] if source["files"] != "all" else []
+        parts += [f"first {source['first']:.3g}"] if source["first"] < 1 else []
         lines.append(row(
             source["name"], f"{source['share']:.4%}", f"{source['sequences']:,}", f"{source['tokens']:,}",
             human(source["tokens"]), f"{source['epochs']:.2f}" if known else "?",
@@ -264,7 +262,8 @@ def render_step(point: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="steps, tokens, epochs, learning rate, checkpoints and cost of a recipe")
+    about = "steps, tokens, epochs, learning rate, checkpoints and cost of a recipe"
+    show = actions.add_parser("show", help=about, description=about, allow_abbrev=False)
     show.add_argument("--config", required=True, help="configs/X.py[:variant]")
     show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--calendar", action="store_true", help="name every permanent checkpoint")

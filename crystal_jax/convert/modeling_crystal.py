@@ -35,7 +35,7 @@ class CrystalConfig(PretrainedConfig):
         max_position_embeddings=2048, rotary_dim=32, rotary_base=10000.0, layer_norm_eps=1e-5, mup_base_width=256,
         embed_scale=14.6, output_scale=2.22, logit_scale=0.13875, initializer_range=0.073, use_cache=True,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=True, **kwargs,
-    ):  # fmt: skip
+    ):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -64,7 +64,8 @@ def rotary_angles(config, position_ids, dtype):
     dims = range(0, config.rotary_dim, 2)
     frequencies = [config.rotary_base ** (-i / config.rotary_dim) for i in dims]
     exact = torch.promote_types(dtype, torch.float32)
-    angles = position_ids[:, None, :, None].to(exact) * torch.tensor(frequencies, dtype=exact, device=position_ids.device)
+    frequencies = torch.tensor(frequencies, dtype=exact, device=position_ids.device)
+    angles = position_ids[:, None, :, None].to(exact) * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -170,17 +171,24 @@ class CrystalModel(CrystalPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
         use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs,
-    ):  # fmt: skip
+    ):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = hidden * self.config.embed_scale
         recompute = self.gradient_checkpointing and self.training
-        use_cache = (self.config.use_cache if use_cache is None else use_cache) and not recompute
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
+        cache = None if recompute else cache  # a layer that runs twice would enter its keys twice
         past, length = 0 if cache is None else cache.get_seq_length(), hidden.shape[1]
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -193,14 +201,14 @@ class CrystalModel(CrystalPreTrainedModel):
         for layer in self.layers:
             states.append(hidden)
             if recompute:
-                hidden, weights = self._gradient_checkpointing_func(layer.__call__, hidden, mask, angles, None)
+                hidden, weights = self._gradient_checkpointing_func(layer.__call__, hidden, mask, angles, cache)
             else:
                 hidden, weights = layer(hidden, mask, angles, cache, **kwargs)
             attentions.append(weights)
         hidden = self.norm(hidden)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache if use_cache else None,
+            past_key_values=cache,
             hidden_states=(*states, hidden) if output_hidden_states or self.config.output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
@@ -226,8 +234,13 @@ class CrystalForCausalLM(CrystalPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def forward(self, input_ids=None, labels=None, logits_to_keep=0, return_dict=None, **kwargs):
-        outputs = self.model(input_ids, **kwargs)
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, logits_to_keep=0, return_dict=None, **kwargs,
+    ):
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
         loss = None

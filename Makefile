@@ -1,0 +1,70 @@
+# Everything runs in .venv, made from the locked requirements. `make` alone lists the targets.
+#   make PYTHON=/path/to/python3.12 ...    another interpreter (3.11 or 3.12)
+#   make demo DEMO=/somewhere              another folder for the demo
+
+DEMO ?= demo
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c $(SUPPORTED) 2>/dev/null && echo $$p && break; done)
+SUPPORTED := 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'
+
+VENV := .venv
+CRYSTAL := $(VENV)/bin/crystal-jax
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/installed $(DEMO)/data/tokenizer.json  ## train the tiny recipe on Python's standard library
+	$(CRYSTAL) prepare --source=pystd-code --name=pystd-code --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data
+	$(CRYSTAL) prepare --source=pystd-text --name=pystd-text --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data
+	$(CRYSTAL) recipe show --config=configs/crystal_tiny.py
+	$(CRYSTAL) train --config=configs/crystal_tiny.py --config.data.root=$(DEMO)/data --run_dir=$(DEMO)/run
+	$(CRYSTAL) report --run_dir=$(DEMO)/run
+	$(CRYSTAL) convert export --to=crystal --checkpoint=$(DEMO)/run --output=$(DEMO)/crystal-tiny-hf
+	$(CRYSTAL) generate --checkpoint=$(DEMO)/run --prompt="def main(" --max_tokens=48
+	@echo
+	@echo "Report:       $(DEMO)/run/report/report.html"
+	@echo "Checkpoints:  $(DEMO)/run/exports/ (each phase's calendar), $(DEMO)/run/checkpoints/ (to resume from)"
+	@echo "Hugging Face: $(DEMO)/crystal-tiny-hf"
+	@echo "Next:"
+	@echo "  $(CRYSTAL) generate --checkpoint=$(DEMO)/run --prompt='import os' --temperature=0.8 --num_samples=3"
+	@echo "  $(CRYSTAL) generate --checkpoint=$(DEMO)/run --prefix='def area(r):' --suffix='    return result'"
+	@echo "  $(CRYSTAL) train --config=configs/crystal_tiny.py:3000 --config.data.root=$(DEMO)/data --run_dir=$(DEMO)/longer"
+
+$(DEMO)/data/tokenizer.json: | $(VENV)/installed
+	$(CRYSTAL) tokenizer train --input=pystd-code --input=pystd-text --vocab_size=4096 --output=$@
+
+test: lint  ## lint, types and the test suite
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4
+
+lint: $(VENV)/installed-dev  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" && $(PYTHON) -c $(SUPPORTED) || \
+	  { echo "Needs Python 3.11 or 3.12, found '$(PYTHON)'; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "Installing requirements.txt into $(VENV) (about 0.9 GB, a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --require-hashes -r requirements.txt
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/torch.txt
+	@echo "Installing requirements/dev.txt and requirements/torch.txt into $(VENV)"
+	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(PIP) -r requirements/torch.txt
+	@touch $@
+
+# Keeps the versions that are locked; to move one: make lock LOCK_FLAGS='--upgrade-package=optax'
+lock: LOCK = uv pip compile -q --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
+             --custom-compile-command='make lock' $(LOCK_FLAGS)
+lock:  ## write the hashed requirements from pyproject.toml (needs uv)
+	$(LOCK) pyproject.toml -o requirements.txt
+	$(LOCK) --group=dev -c requirements.txt -o requirements/dev.txt
+
+clean:  ## remove .venv, caches and the demo
+	rm -rf $(VENV) demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""The command line: a table of commands, and how each ends.
+
+Exit codes: 0 done, 1 a user's mistake (one line), 3 preempted and saved, 4 can't be helped by a restart; anything else
+means restart. Only the module of the command that is asked for is imported.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from crystal_jax.errors import UserError
+
+COMMANDS = {
+    "prepare": ("crystal_jax.data.prepare", "raw documents to a token store"),
+    "tokenizer": ("crystal_jax.data.tokenizer_training", "train a tokenizer of one's own"),
+    "verify": ("crystal_jax.data.verify", "re-read a token store against its manifest"),
+    "recipe": ("crystal_jax.recipe", "show the plan of a config"),
+    "train": ("crystal_jax.train", "train, or continue a run"),
+    "report": ("crystal_jax.report", "pictures and a page from a run's metrics"),
+    "score": ("crystal_jax.score", "log-probabilities of given tokens"),
+    "generate": ("crystal_jax.generate", "complete text or code, fill in the middle"),
+    "convert": ("crystal_jax.convert.command", "PyTorch checkpoints in and out"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="crystal-jax", description="Pretrain language-and-code models in phases.",
+                                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        if argv and argv[0] == name:
+            importlib.import_module(module).add_arguments(command)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
+    if unknown := [arg for arg in rest if arg not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        if isinstance(getattr(args, "config", None), str):
+            from crystal_jax.config_file import load_config
+
+            args.config = load_config(args.config, overrides)
+        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+    except UserError as error:
+        print(f"crystal-jax {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # `crystal-jax ... | head` closed our output: nothing is left to say.
+        sys.stderr.close()
+        return 0

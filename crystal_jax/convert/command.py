@@ -1,0 +1,74 @@
+"""`convert export` and `convert import`: the command line over export.py and importer.py."""
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from crystal_jax.convert.forms import DTYPES, FORMS
+from crystal_jax.errors import UserError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    to = actions.add_parser("export", help="JAX → PyTorch: a checkpoint as a folder for transformers")
+    to.add_argument("--to", required=True, choices=sorted(FORMS), help="form of the folder")
+    to.add_argument("--checkpoint", required=True, help="a run (its newest checkpoint), a checkpoint or an export")
+    to.add_argument("--output", required=True, type=Path, help="folder to write: new, empty or this very export")
+    to.add_argument("--dtype", choices=list(DTYPES), help="of the stored tensors (default: the checkpoint's)")
+    to.add_argument("--max_shard_size", help="of one file, in bytes, KB, MB or GB (default: 5GB)")
+    back = actions.add_parser("import", help="PyTorch → JAX: a published folder as a checkpoint to start from")
+    back.add_argument("--from", dest="form", required=True, choices=sorted(FORMS), help="form of the folder")
+    back.add_argument("--input", required=True, type=Path, help="folder with config.json and weights")
+    back.add_argument("--output", required=True, type=Path, help="checkpoint to write")
+    for action in (to, back):
+        action.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def main(args: argparse.Namespace) -> None:
+    summary = _export(args) if args.action == "export" else _import(args)
+    print(json.dumps(summary) if args.json else _sentence(summary))
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    from crystal_jax.checkpoint import load_weights
+    from crystal_jax.convert.export import MAX_SHARD_SIZE, export
+
+    size = parse_size(args.max_shard_size) if args.max_shard_size else MAX_SHARD_SIZE
+    given = {"to": args.to, "checkpoint": args.checkpoint, "output": args.output, "dtype": args.dtype,
+             "max_shard_size": args.max_shard_size}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    command = shlex.join(["crystal-jax", "convert", "export", *options])
+    weights = load_weights(args.checkpoint)
+    return export(weights, args.to, args.output, dtype=args.dtype, max_shard_size=size, command=command)
+
+
+def _import(args: argparse.Namespace) -> dict[str, Any]:
+    from crystal_jax.convert.importer import import_checkpoint
+
+    return import_checkpoint(args.form, args.input, args.output)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in '5GB', '200MB' or '1000'.
+
+    Raises:
+      UserError: text that isn't such a size.
+    """
+    found = re.fullmatch(r"(\d+)\s*([KMG]?B|)", text.strip(), re.IGNORECASE)
+    unit = found and {"B": ""}.get(found[2].upper(), found[2].upper())
+    if not found or unit is None or int(found[1]) == 0:
+        raise UserError(f"--max_shard_size={text}: must be a size above 0, such as 5GB, 200MB or 1000000")
+    return int(found[1]) * UNITS[unit]
+
+
+def _sentence(summary: dict[str, Any]) -> str:
+    if "unchanged" not in summary:
+        return f"{summary['output']}: a checkpoint in {summary['dtype']} from the form {summary['form']}"
+    done = "already holds exactly this export" if summary["unchanged"] else "written and read back"
+    return (f"{summary['output']}: {done} ({summary['form']}, {summary['tensors']} tensors, {summary['dtype']}, "
+            f"{summary['bytes']:,} bytes)")

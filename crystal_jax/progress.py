@@ -1,0 +1,121 @@
+"""What a person sees and hears of a running training: signals, the clock, the bar."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from crystal_jax.config import TrainingConfig
+from crystal_jax.errors import FatalError
+from crystal_jax.metrics import Interval
+from crystal_jax.phases import Plan
+
+
+class Signals:
+    """SIGINT and SIGTERM ask for a stop after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> "Signals":
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        print(f"\n{self.received}: saving after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Takes in the metrics of step N-1 after step N is dispatched, so that the device never waits for the host.
+
+    `report` is called with (updates done, record) at every log interval. Time inside `with clock.paused():` isn't
+    training.
+    """
+
+    def __init__(self, config: TrainingConfig, plan: Plan, sources: list[str],
+                 report: Callable[[int, dict[str, Any]], None]):
+        self.config, self.plan, self.sources, self.report = config, plan, sources, report
+        self.interval = Interval(sources)
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.since = time.perf_counter()
+        self.nonfinite = 0
+
+    def dispatched(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        waiting, self.pending = self.pending, (done, metrics)
+        if waiting:
+            self._take(*waiting)
+
+    def paused(self) -> "Clock":
+        return self
+
+    def __enter__(self) -> None:
+        if self.pending:
+            self._take(*self.pending)
+            self.pending = None
+        self.interval.seconds += time.perf_counter() - self.since
+
+    def __exit__(self, *_: Any) -> None:
+        self.since = time.perf_counter()
+
+    def _take(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        found = jax.device_get(metrics)
+        self.interval.add(found)
+        self.nonfinite = 0 if found["finite"] else self.nonfinite + 1
+        if self.nonfinite > self.config.skip_nonfinite:
+            raise FatalError(f"step {done}: loss {found['loss']}, gradient norm {found['grad_norm']}: not finite for "
+                             f"{self.nonfinite} updates in a row (config.training.skip_nonfinite = "
+                             f"{self.config.skip_nonfinite}); lower the learning rate, or look at these steps' data")
+        placed, _ = self.plan.done(done)
+        if done % self.config.log_every == 0 or done == placed.end:
+            now = time.perf_counter()
+            seconds = self.interval.seconds + now - self.since
+            tokens = self.interval.steps * placed.phase.global_batch_size * self.plan.sequence_length
+            self.report(done, {**self.interval.record(), "step_seconds": seconds / self.interval.steps,
+                               "tokens_per_second": tokens / seconds})
+            self.interval, self.since = Interval(self.sources), now
+
+
+class Progress:
+    """A bar on a terminal, a line at each log interval elsewhere; both on stderr."""
+
+    def __init__(self, plan: Plan, start: int):
+        self.plan = plan
+        self.bar = tqdm(total=plan.total_steps, initial=start, unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty(), file=sys.stderr)
+        self.began, self.start = time.perf_counter(), start
+
+    def show(self, done: int, record: dict[str, Any]) -> None:
+        placed, phase_step = self.plan.done(done)
+        numbers = f"loss {record.get('loss', float('nan')):.3f}, {record['tokens_per_second']:,.0f} tok/s"
+        if not self.bar.disable:
+            self.bar.set_description(placed.phase.name, refresh=False)
+            self.bar.set_postfix_str(numbers, refresh=False)
+            self.bar.update(done - self.bar.n)
+            return
+        left = (time.perf_counter() - self.began) / (done - self.start) * (self.plan.total_steps - done)
+        print(f"{placed.phase.name} {phase_step}/{placed.steps}, step {done}/{self.plan.total_steps}, {numbers}, "
+              f"{_duration(left)} left", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that doesn't break the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

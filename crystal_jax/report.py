@@ -1,0 +1,185 @@
+"""`report`: report.html and PNGs from a run's folder, while it trains, after it stopped, or when it is done.
+
+Invariant: the page says nothing that the run's folder doesn't hold, and a report that is written again replaces the
+old one file by file, each whole.
+"""
+
+import argparse
+import math
+import os
+import time
+from pathlib import Path
+
+from crystal_jax.history import Line, Run, load_run
+from crystal_jax.phases import code_share
+from crystal_jax.recipe import human
+from crystal_jax.report_page import cards, header, note, page, picture, section, table
+
+CAPTIONS = {
+    "loss": "Training loss per source (mean between two log lines), held-out loss per domain, and the entropy of the "
+            "held-out tokens' own frequencies: what a model without context could reach at best.",
+    "mixture": "Tokens per source within each phase: what the recipe asks for and what was read.",
+    "learning_rate": "Learning rate of the peak group; dashed as planned.",
+    "gradient_norm": "Global norm of the gradient before it is clipped.",
+    "throughput": "Tokens per second of training; evaluation and checkpoints are left out.",
+}
+
+
+def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+    """Writes the report of a run and returns the path of its report.html; `output` is RUN/report unless given.
+
+    Raises:
+      UserError: the folder holds no run, or a file of it is damaged.
+    """
+    from crystal_jax.plots import draw_all
+
+    run = load_run(run_dir)
+    folder = Path(output) if output else run.folder / "report"
+    pictures = draw_all(run)
+    text = make_page(run, pictures)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in {**pictures, "report.html": text.encode()}.items():
+        unfinished = folder / f".{name}.tmp"
+        unfinished.write_bytes(data)
+        os.replace(unfinished, folder / name)
+    return folder / "report.html"
+
+
+def make_page(run: Run, pictures: dict[str, bytes]) -> str:
+    """The whole page as text, from the run and `plots.draw_all` of it."""
+    total = run.plan.total_steps
+    figures = {name: picture(pictures[f"{name}.png"], caption) for name, caption in CAPTIONS.items()}
+    return page(f"{run.config.name}: training report", [
+        header(run.config.name, _subtitle(run), run.step / total),
+        cards(_facts(run)),
+        section("Loss", figures["loss"], _heldout_table(run)),
+        section("Mixture", figures["mixture"], _mixture_table(run)),
+        section("Optimization", figures["learning_rate"], figures["gradient_norm"]),
+        section("Throughput", figures["throughput"]),
+        section("Permanent checkpoints", _checkpoint_table(run)),
+        section("The run", _phase_table(run), _start_table(run)),
+    ])
+
+
+def _subtitle(run: Run) -> str:
+    parts = [f"{len(run.plan.phases)} phases", f"{len(run.config.sources)} sources"]
+    if run.starts:
+        last = run.starts[-1]
+        parts = [f"{last['parameters']:,} parameters", *parts, last["devices"],
+                 *(f"{name} {last['versions'][name]}" for name in ("crystal_jax", "jax") if name in last["versions"])]
+    state = "finished" if run.step >= run.plan.total_steps else f"{run.step / run.plan.total_steps:.1%} done"
+    return ", ".join([*parts, state])
+
+
+def _facts(run: Run) -> list[tuple[str, str, str, str]]:
+    plan, seconds = run.plan, training_seconds(run)
+    evaluated = run.evals[-1]["heldout"] if run.evals else {}
+    return [
+        *((f"held-out loss of {domain}", f"{row['loss']:.3f}", f"unigram entropy {row['unigram_entropy']:.3f}", domain)
+          for domain, row in sorted(evaluated.items(), reverse=True)),
+        ("tokens", human(run.tokens), f"of {human(plan.tokens(plan.total_steps))}", ""),
+        ("updates", f"{run.step:,}", f"of {plan.total_steps:,}", ""),
+        ("time spent training", duration(seconds),
+         f"{human(run.tokens / seconds)} tokens per second" if seconds else "", ""),
+        ("skipped updates", f"{skipped_updates(run):,}", "for a loss or gradient that wasn't finite", ""),
+        ("resumes", f"{len(run.resumed_at):,}", "by a later process, from a saved step", ""),
+        ("permanent checkpoints", f"{len(run.checkpoints):,}", f"of {len(plan.calendar()):,}", ""),
+    ]
+
+
+def training_seconds(run: Run) -> float:
+    """Seconds that the updates took, from each log line's throughput."""
+    before, seconds = 0, 0.0
+    for line in run.train:
+        if line["tokens_per_second"]:
+            seconds += (line["tokens"] - before) / line["tokens_per_second"]
+        before = line["tokens"]
+    return seconds
+
+
+def skipped_updates(run: Run) -> int:
+    return sum(line["skipped"] for line in run.train)
+
+
+def duration(seconds: float) -> str:
+    """90 as 1 min 30 s: the two largest units."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    left = round(seconds)
+    parts: list[str] = []
+    for name, size in units:
+        if left >= size or (name == "s" and not parts):
+            parts.append(f"{left // size} {name}")
+            left %= size
+    return " ".join(parts[:2])
+
+
+def final_evals(run: Run) -> list[tuple[str, Line]]:
+    """(phase, its last evaluation) for every phase that was evaluated."""
+    return list({line["phase"]: line for line in run.evals}.items())
+
+
+def _heldout_table(run: Run) -> str:
+    rows = []
+    for phase, line in final_evals(run):
+        for domain, row in sorted(line["heldout"].items(), reverse=True):
+            gain = row["unigram_entropy"] - row["loss"]
+            rows.append((phase, f"{line['step']:,}", domain, f"{row['tokens']:,}", f"{row['loss']:.4f}",
+                         f"{row['unigram_entropy']:.4f}", f"{gain:+.4f}", _perplexity(row["loss"]),
+                         _perplexity(row["unigram_entropy"])))
+    if not rows:
+        return note("No evaluation has been logged yet.")
+    columns = ("last evaluation in", "#step", "held out", "#tokens", "#loss (nats)", "#unigram entropy", "#gained",
+               "#perplexity", "#of unigrams")
+    return table(columns, rows)
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(min(loss, 700)):,.1f}"
+
+
+def _mixture_table(run: Run) -> str:
+    rows = []
+    for placed, given in zip(run.plan.phases, run.consumption(), strict=True):
+        planned, total = sum(placed.quotas.values()), sum(given.values())
+        for name, quota in placed.quotas.items():
+            recipe, read = quota / planned, given[name] / total if total else math.nan
+            rows.append((placed.phase.name, name, run.config.sources[name].domain, f"{recipe:.4%}",
+                         f"{read:.4%}" if total else "-", f"{100 * (read - recipe):+.4f}" if total else "-",
+                         f"{given[name]:,.0f}"))
+    return table(("phase", "source", "domain", "#recipe", "#read", "#difference, points", "#tokens read"), rows)
+
+
+def _checkpoint_table(run: Run) -> str:
+    planned = len(run.plan.calendar())
+    rows = [(line["name"], f"{line['step']:,}", f"{run.plan.tokens(line['step']):,}",
+             f"{run.plan.learning_rate(line['step'] - 1):.6g}") for line in run.checkpoints]
+    summary = note(f"{len(rows)} of {planned} exist.")
+    return summary + table(("name", "#step", "#tokens", "#learning rate of its last update"), rows) if rows else summary
+
+
+def _phase_table(run: Run) -> str:
+    rows = []
+    for placed in run.plan.phases:
+        phase = placed.phase
+        tokens = run.plan.tokens(placed.end) - run.plan.tokens(placed.start)
+        rates = sorted({rate for rate in phase.fim_rate.values() if rate})
+        rows.append((phase.name, f"{placed.steps:,}", f"{tokens:,}", f"{phase.global_batch_size:,}",
+                     f"{code_share(phase, run.config.sources):.1%}", ", ".join(f"{rate:.0%}" for rate in rates) or "-",
+                     f"{phase.lr.peak:.6g}", phase.optimizer))
+    return table(("phase", "#updates", "#tokens", "#batch", "#code", "#FIM", "#peak learning rate", "optimizer"), rows)
+
+
+def _start_table(run: Run) -> str:
+    rows = [(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line["time"])), f"{line['step']:,}",
+             "resumed" if line["resumed"] else "fresh", line["devices"],
+             ", ".join(f"{name} {version}" for name, version in line["versions"].items())) for line in run.starts]
+    return table(("process started", "#at step", "state", "devices", "versions"), rows) if rows else ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run_dir", required=True, help="the folder that train --run_dir=... wrote")
+    parser.add_argument("--output", help="folder for the report (RUN/report)")
+
+
+def main(args: argparse.Namespace) -> None:
+    print(write_report(args.run_dir, args.output))

@@ -1,0 +1,61 @@
+"""What every test shares: eight CPU devices, strict array promotion, and the command line as a real process.
+
+Owns the environment that JAX reads when it is first imported, so this file must not import JAX before setting it.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTER_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# No deadline: the first example often compiles. In CI the examples are fixed, so a red run is the change's.
+settings.register_profile("crystal", deadline=None, max_examples=50, derandomize="CI" in os.environ,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("crystal")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch") and not importlib.util.find_spec("transformers"):
+        pytest.skip("needs PyTorch and transformers: pip install -r requirements/torch.txt")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The published Crystal files and the values computed from them, next to the checkout."""
+    path = ROOT.parent / "shared" / "reference"
+    if not path.is_dir():
+        pytest.skip("needs ../shared/reference (published files and reference values), which isn't in the repository")
+    return path
+
+
+RunCli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """`crystal-jax ARGS` as a process of its own, on one CPU device; paths in `configs/` are found by default.
+
+    run_cli(*args, env={}, cwd=checkout, timeout=600) -> CompletedProcess with text stdout and stderr; the exit code is
+    the test's to check.
+    """
+
+    def run(*args: object, env: Mapping[str, str] | None = None, cwd: Path = ROOT,
+            timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        clean = {**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **(env or {})}
+        command = [sys.executable, "-m", "crystal_jax", *map(str, args)]
+        return subprocess.run(command, env=clean, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False)
+
+    return run
