@@ -1,3 +1,5 @@
+"""`python -m crystal_jax COMMAND ...`."""
+
 import sys
 
 from crystal_jax.cli import main

@@ -173,7 +173,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("this/folder")
-```"""
+```
+
+Transformers 4 loads the weights in float32 unless from_pretrained is given `torch_dtype="auto"`."""
 
 LLM360_NOTE = """The tensors and config.json have LLM360's published names. The two code files that config.json names,
 configuration_crystalcoder.py and modeling_crystalcoder.py, are LLM360's and not part of this export: put them here from

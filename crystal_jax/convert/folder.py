@@ -81,7 +81,7 @@ def write_safetensors(path: Path, entries: list[Entry], values: Callable[[str], 
         for entry in entries:
             array = values(entry.name)
             assert (array.shape, array.dtype) == (entry.shape, entry.dtype), (entry, array.shape, array.dtype)
-            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -57,8 +57,9 @@ class Fim:
             "none": None,
         }
         self._split = splits[mode]
-        if mode != "none":
-            self._prefix, self._middle, self._suffix, self._pad = _fim_ids(tokenizer)
+        if mode == "none":
+            return
+        self._prefix, self._middle, self._suffix, self._pad = _fim_ids(tokenizer)
         self._pieces = pieces = [tokenizer.piece_bytes(token) for token in range(tokenizer.vocab_size)]
         self._chars = np.array([_characters(piece) for piece in pieces])
         self._textless = np.array([not piece for piece in pieces])
