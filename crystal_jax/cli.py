@@ -6,6 +6,7 @@ means restart. Only the module of the command that is asked for is imported.
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
     if unknown := [arg for arg in rest if arg not in overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    # Libraries warn there of what isn't the user's concern, such as metadata that old checkpoints lack.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         if isinstance(getattr(args, "config", None), str):
             from crystal_jax.config_file import load_config

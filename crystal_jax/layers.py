@@ -95,19 +95,23 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
         D, F = config.embed_dim, config.mlp_dim
         lead: Axes = tuple("layers" for _ in stack)
-        for name in ("gate", "up"):
-            setattr(self, name, declare((*stack, D, F), (*lead, "embed", "mlp"), "matrix", std=config.matrix_std))
-            setattr(self, f"{name}_bias", declare((*stack, F), (*lead, "mlp"), "vector"))
+
+        def widening() -> tuple[Param, Param]:
+            return (declare((*stack, D, F), (*lead, "embed", "mlp"), "matrix", std=config.matrix_std),
+                    declare((*stack, F), (*lead, "mlp"), "vector"))
+
+        self.gate, self.gate_bias = widening()
+        self.up, self.up_bias = widening()
         self.down = declare((*stack, F, D), (*lead, "mlp", "embed"), "matrix", std=config.output_std)
         self.down_bias = declare((*stack, D), (*lead, "embed"), "vector")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = x_BTD.dtype
-        gate_BTF = project("btd,df->btf", x_BTD, self.gate, self.gate_bias, ("batch", "length", "mlp"))
-        up_BTF = project("btd,df->btf", x_BTD, self.up, self.up_bias, ("batch", "length", "mlp"))
-        mid_BTF = up_BTF * jax.nn.silu(gate_BTF)
-        assert mid_BTF.dtype == dtype
-        return project("btf,fd->btd", mid_BTF, self.down, self.down_bias, ("batch", "length", "embed"))
+        # Tokens in one dim (M = B*T): with two of them XLA's CPU compiler picks layouts that cost 20% more.
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        gate_MF = project("md,df->mf", x_MD, self.gate, self.gate_bias, ("batch", "mlp"))
+        up_MF = project("md,df->mf", x_MD, self.up, self.up_bias, ("batch", "mlp"))
+        out_MD = project("mf,fd->md", up_MF * jax.nn.silu(gate_MF), self.down, self.down_bias, ("batch", "embed"))
+        return out_MD.reshape(x_BTD.shape, out_sharding=sharding.used("batch", "length", "embed"))
 
 
 def project(equation: str, x: jax.Array, weight: nnx.Variable, bias: nnx.Variable, out: Axes) -> jax.Array:

@@ -26,9 +26,7 @@ from crystal_jax.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from crystal_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-INPUTS = 6
-DOCUMENTS = 60
-"""In each input."""
+INPUTS, DOCUMENTS = 6, 60  # documents of each input
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def run_again(folder: Path, raw: Path, vocabulary: Path, **changed: Any) -> dict[str, Any]:
-    arguments = {"source": spec(raw), "name": "set/one", "tokenizer": vocabulary, "output": folder.parents[1],
-                 "heldout": 0.2, **changed}  # fmt: skip
-    return prepare(**arguments)
+    same = {"source": spec(raw), "tokenizer": vocabulary, "heldout": 0.2}
+    return prepare(**{**same, "name": "set/one", "output": folder.parents[1], **changed})
 
 
 # What is in a store
@@ -89,6 +86,8 @@ def test_every_document_is_accounted_for(prepared: Path) -> None:
         assert [shard["input"] for shard in split["shards"]] == [f"{index}.jsonl" for index in range(INPUTS)]
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"]) > 0
     assert (manifest["name"], manifest["source"], manifest["packing"]) == ("set/one", "jsonl", "concat")
+    assert summary(manifest).startswith(f"set/one: {INPUTS * (DOCUMENTS - 1)} documents, ")
+    assert summary(manifest).endswith("bytes/token, dropped 6 (6 empty)")
     assert verify(prepared) == []
     assert sorted(path.name for path in prepared.iterdir()) == ["heldout", "manifest.json", "train"]
 
@@ -126,14 +125,13 @@ def test_held_out_share_is_a_hash() -> None:
     assert 400 < len(chosen) < 600
     assert chosen <= {name for name in names if held_out(name, 0.2)}
     assert not any(held_out(name, 0.0) for name in names)
-    assert held_out("json/decoder.py", 0.9) and not held_out("json/decoder.py", 0.001)
 
 
 def test_docstrings_of_held_out_code_are_held_out(tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
     split_of: dict[str, dict[str, str]] = {}
     for kind in ("pystd-code", "pystd-text"):
-        task = module.Task(SourceSpec(kind), readers.list_inputs(SourceSpec(kind))[3], 0, tokenizer,
-                           Tokenizer.load(tokenizer).fingerprint, 0.3, tmp_path / kind)  # fmt: skip
+        item, fingerprint = readers.list_inputs(SourceSpec(kind))[3], Tokenizer.load(tokenizer).fingerprint
+        task = module.Task(SourceSpec(kind), item, 0, tokenizer, fingerprint, 0.3, tmp_path / kind)
         for folder in ("train", "heldout", "progress"):
             (tmp_path / kind / folder).mkdir(parents=True)
         module.prepare_input(task)
@@ -161,12 +159,6 @@ def test_batches_keep_every_document(texts: list[str], chars: int) -> None:
     kept = [document.id for batch in batches for document in batch]
     assert kept == [document.id for document in found if getattr(document, "text", "")]
     assert counts["read"] == len(texts) + 1 == counts["kept"] + counts["dropped:empty"] + counts["dropped:not_utf8"]
-
-
-def test_summary(prepared: Path) -> None:
-    line = summary(json.loads((prepared / "manifest.json").read_text()))
-    assert line.startswith(f"set/one: {INPUTS * (DOCUMENTS - 1)} documents, ")
-    assert line.endswith("dropped 6 (6 empty)") and "bytes/token" in line
 
 
 # Again
@@ -261,32 +253,21 @@ def test_one_prepare_at_a_time(raw: Path, tokenizer: Path, tmp_path: Path) -> No
     os.close(handle)
 
 
-def test_a_damaged_input_is_named_and_the_rest_is_kept(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    good, bad = tmp_path / "raw" / "0.jsonl", tmp_path / "raw" / "1.jsonl"
-    good.parent.mkdir()
-    good.write_bytes((raw / "0.jsonl").read_bytes())
-    bad.write_text('{"text": "x"}\n{"text": broken}\n')
-    with pytest.raises(UserError, match=r"1\.jsonl:2: not a line of JSON"):
-        prepare(spec(good.parent), "x", tokenizer, tmp_path)
-    assert (tmp_path / "x" / "progress" / "00000.json").exists()
-    assert not (tmp_path / "x" / "manifest.json").exists()
-    assert not list((tmp_path / "x").rglob("*.partial*"))
-    bad.write_text('{"text": "x"}\n{"text":"mended"}\n')
-    done = prepare(spec(good.parent), "x", tokenizer, tmp_path)
-    assert done["documents"]["kept"] == DOCUMENTS + 1 and done["inputs"][1]["bytes"] == bad.stat().st_size
-
-
-def test_an_input_that_changed_meanwhile_is_read_again(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "raw" / "0.jsonl", tmp_path / "raw" / "1.jsonl"
-    first.parent.mkdir()
-    first.write_text('{"text": "x"}\n')
-    second.write_text("broken")
-    with pytest.raises(UserError, match="not a line of JSON"):
-        prepare(spec(first.parent), "x", tokenizer, tmp_path)
-    first.write_text('{"text": "x"}\n{"text": "y"}\n')
-    second.write_text('{"text": "z"}\n')
-    assert prepare(spec(first.parent), "x", tokenizer, tmp_path)["documents"]["kept"] == 3
-    assert verify(tmp_path / "x") == []
+def test_a_damaged_or_changed_input_is_read_again(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "raw" / f"{index}.jsonl" for index in range(3)]
+    files[0].parent.mkdir()
+    files[0].write_bytes((raw / "0.jsonl").read_bytes())
+    files[1].write_text('{"text": "x"}\n')
+    files[2].write_text('{"text": "x"}\n{"text": broken}\n')
+    with pytest.raises(UserError, match=r"2\.jsonl:2: not a line of JSON"):
+        prepare(spec(files[0].parent), "x", tokenizer, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "x" / "progress").glob("0*")) == ["00000.json", "00001.json"]
+    assert not (tmp_path / "x" / "manifest.json").exists() and not list((tmp_path / "x").rglob("*.partial*"))
+    files[1].write_text('{"text": "x"}\n{"text": "y"}\n')
+    files[2].write_text('{"text": "x"}\n{"text": "mended"}\n')
+    done = prepare(spec(files[0].parent), "x", tokenizer, tmp_path)
+    assert done["documents"]["kept"] == DOCUMENTS - 1 + 4
+    assert [item["bytes"] for item in done["inputs"]] == [path.stat().st_size for path in files]
 
 
 def test_a_full_disk_is_one_line(raw: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +292,7 @@ def command(raw: Path, tokenizer: Path, output: Path, workers: int) -> list[str]
 def killed(arguments: list[str], folder: Path, when: Any) -> bool:
     """Starts the command and kills it with SIGKILL once `when(folder)` holds; whether it was still running."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while process.poll() is None and not when(folder) and time.monotonic() < deadline:
+    while process.poll() is None and not when(folder):
         time.sleep(0.002)
     running = process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -324,20 +304,35 @@ def records(count: int) -> Any:
     return lambda folder: len(list(folder.glob("progress/0*.json"))) >= count
 
 
-@pytest.mark.parametrize("moments", [
-    pytest.param([lambda folder: list(folder.glob("train/*.partial-*"))], id="writing"),
-    pytest.param([records(1), records(3), records(INPUTS)], id="recorded"),
-    pytest.param([lambda folder: (folder / "progress").exists(), lambda folder: (folder / "manifest.json").exists()],
-                 id="first and last"),
-])  # fmt: skip
-def test_killed_at_any_moment(
-    prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path, moments: list[Any]
-) -> None:
+def exists(name: str) -> Any:
+    return lambda folder: (folder / name).exists()
+
+
+def some_time() -> Any:
+    """A random moment of the second that the command takes."""
+    seconds, started = random.uniform(0.1, 1.0), []
+
+    def passed(_: Path) -> bool:
+        started.append(time.monotonic())
+        return started[-1] - started[0] > seconds
+
+    return passed
+
+
+MOMENTS = {
+    "random": [some_time() for _ in range(4)],
+    "writing": [lambda folder: list(folder.glob("train/*.partial-*"))],
+    "recorded": [records(1), records(3), records(INPUTS)],
+    "first and last": [exists("progress"), exists("manifest.json")],
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_at_any_moment(prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "set" / "one"
     kills = [killed(command(raw, tokenizer, tmp_path, workers=1 + index % 2), folder, moment)
-             for index, moment in enumerate(moments)]  # fmt: skip
+             for index, moment in enumerate(MOMENTS[name])]  # fmt: skip
     assert any(kills)
-    # A worker of the killed run may need a moment to notice; the next run doesn't wait for it.
     done = subprocess.run(command(raw, tokenizer, tmp_path, workers=2), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("set/one: ")
@@ -353,3 +348,53 @@ def test_finished_inputs_are_not_read_again(prepared: Path, raw: Path, tokenizer
     run_again(folder, raw, tokenizer)
     assert done and before == {name: (folder / "train" / f"{name}.tokens").stat().st_mtime_ns for name in done}
     assert files_of(folder) == files_of(prepared)
+
+
+def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the pool's workers, once there are any."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("needs /proc/PID/task/PID/children, which Linux has")
+    while process.poll() is None:
+        found = [int(pid) for pid in children.read_text().split()
+                 if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError("the command ended before it started a worker")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def long_run(tokenizer: Path, tmp_path: Path) -> Any:
+    """`prepare` of the standard library, which takes seconds."""
+    arguments = [sys.executable, "-m", "crystal_jax", "prepare", "--source=pystd-code", "--name=x", "--workers=1",
+                 f"--tokenizer={tokenizer}", f"--output={tmp_path}"]  # fmt: skip
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def test_workers_end_with_their_parent(long_run: subprocess.Popen[bytes]) -> None:
+    workers = workers_of(long_run)
+    long_run.kill()
+    long_run.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, workers))
+
+
+def test_a_killed_worker_is_one_line(long_run: subprocess.Popen[bytes]) -> None:
+    (worker,) = workers_of(long_run)
+    os.kill(worker, signal.SIGKILL)
+    assert long_run.stderr is not None
+    last = long_run.stderr.read().decode().splitlines()[-1]
+    assert long_run.wait() == 1
+    assert "x: a worker was killed, perhaps for lack of memory; run the same command again, with fewer" in last

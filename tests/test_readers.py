@@ -3,6 +3,7 @@
 import ast
 import gzip
 import io
+import itertools
 import json
 import os
 import sysconfig
@@ -99,7 +100,8 @@ def test_code_that_is_not_python_is_dropped() -> None:
 
 
 def test_docstrings_come_in_the_order_of_the_file() -> None:
-    code = '"""M."""\nclass A:\n    """A."""\n    def f(self):\n        """F.\n\n            more\n        """\ndef g(): "G."\n'
+    method = '    def f(self):\n        """F.\n\n        more\n        """\n'
+    code = f'"""M."""\nclass A:\n    """A."""\n{method}def g(): "G."\n'
     assert ast.parse(code)
     found = readers._docstrings(Document("a", code, "a", "a"))
     assert found.text == "M.\n\nA.\n\nF.\n\nmore\n\nG."
@@ -124,7 +126,7 @@ def test_json_lines(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_many_frames_in_a_file(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = [0, 1, 1, 50_000, len(LINES) - 1, len(LINES)]
-    frames = [COMPRESS[ending](LINES[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    frames = [COMPRESS[ending](LINES[start:end]) for start, end in itertools.pairwise(cuts)]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(b"".join(frames))
     for size in (17, 1 << 20):
@@ -181,7 +183,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
 
 
 def test_a_missing_id_names_its_flag(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no key 'id'.*--id_key"):
+    with pytest.raises(UserError, match=r"no key 'id'.*--id_key"):
         documents(jsonl(write(tmp_path, "a.jsonl"), id_key="id"))
 
 

@@ -186,7 +186,7 @@ def heldout(config: Config, stores: Stores) -> dict[str, np.ndarray]:
     length, result = config.data.sequence_length, {}
     for domain in DOMAINS:
         found = {store.path: store for name, store in stores.by_source.items() if config.sources[name].domain == domain}
-        views = [store.view("heldout") for _, store in sorted(found.items())]
+        views = [store.view("heldout") for _, store in sorted(found.items()) if store.splits["heldout"]["tokens"]]
         counts = [max(view.num_tokens - 1, 0) // length for view in views]
         total = sum(counts)
         if not total:

@@ -102,12 +102,16 @@ class Tokenizer:
         path = Path(path)
         try:
             spec = json.loads(path.read_text(encoding="utf-8"))
-            tokenizers.Tokenizer.from_str(json.dumps(spec))
+            engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a tokenizer.json (`tokenizer train` makes one)") from error
         except Exception as error:  # the engine raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json that can be read ({error})") from error
         _check_family(path, spec)
+        for token in spec["added_tokens"]:  # the engine numbers them itself
+            if engine.token_to_id(token["content"]) != token["id"]:
+                raise UserError(f"{path}: {token['content']} has id {token['id']}, where the engine gives it "
+                                f"{engine.token_to_id(token['content'])}; number the added tokens after the others")
         return cls(path, spec)
 
     def encode_document(self, text: str) -> list[int]:

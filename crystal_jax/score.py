@@ -1,0 +1,72 @@
+"""Log-probabilities of given tokens under a checkpoint."""
+
+import argparse
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from crystal_jax import loss
+from crystal_jax.checkpoint import Weights, load_weights
+from crystal_jax.errors import UserError
+from crystal_jax.model import Crystal, Params
+
+BATCH = 8
+
+
+def score(weights: Weights, tokens_BT: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    """Natural-log probability of each next token: int [B, T] to float32 [B, T-1].
+
+    Raises:
+      UserError: another shape or type, ids outside the vocabulary, rows longer than the context.
+    """
+    config = weights.model
+    if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or tokens_BT.shape[1] < 2:
+        raise UserError(f"--tokens: {tokens_BT.dtype}{list(tokens_BT.shape)} must be integers [B, T] with T of 2 or more")
+    if tokens_BT.shape[1] - 1 > config.max_length:
+        raise UserError(f"--tokens: rows of {tokens_BT.shape[1]} tokens; the model's context takes at most "
+                        f"{config.max_length + 1}")
+    if tokens_BT.size and not (0 <= tokens_BT.min() and tokens_BT.max() < config.vocab_size):
+        raise UserError(f"--tokens: ids from {tokens_BT.min()} to {tokens_BT.max()}; the model has 0 to "
+                        f"{config.vocab_size - 1}")
+    model = Crystal(config, dtype, unroll=config.num_layers)
+    params = jax.tree.map(jnp.asarray, weights.params)
+
+    @jax.jit
+    def log_probability(params: Params, rows_BT: jax.Array) -> jax.Array:
+        bound = model.bind(params)
+        inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
+        ones_BT = jnp.ones(inputs_BT.shape, jnp.float32)
+        _, nll_BT = loss.cross_entropy(bound.hidden(inputs_BT), bound.embed[...], targets_BT, ones_BT,
+                                       config.logit_scale)
+        return -nll_BT
+
+    result = np.empty((tokens_BT.shape[0], tokens_BT.shape[1] - 1), np.float32)
+    for first in tqdm(range(0, len(tokens_BT), BATCH), unit_scale=BATCH, unit="row", disable=None):
+        rows = tokens_BT[first : first + BATCH].astype(np.int32)
+        padded = np.resize(rows, (BATCH, rows.shape[1]))
+        result[first : first + BATCH] = np.asarray(log_probability(params, padded))[: len(rows)]
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, RUN/checkpoints/STEP or RUN/exports/PHASE/STEP")
+    parser.add_argument("--tokens", required=True, help="a .npy file of integers [B, T]")
+    parser.add_argument("--output", required=True, help="the .npy file to write, float32 [B, T-1]")
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        tokens = np.load(args.tokens, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokens={args.tokens}: {error}; give a .npy file of integers [B, T]") from error
+    result = score(load_weights(args.checkpoint), tokens)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.tmp.npy")
+    np.save(temporary, result)
+    os.replace(temporary, output)
+    print(f"{output}: float32{list(result.shape)}, mean {result.mean():.4f} nats")
