@@ -83,8 +83,18 @@ class RollingStates:
         """({params, moments} in the layouts of `abstract`, position).
 
         Raises:
-          UserError: a leaf that is missing, left over or of another shape or dtype, by its path.
+          UserError: a leaf that is missing, left over or of another shape or dtype, by its path; damaged files.
         """
+        try:
+            return self._restore(step, abstract)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise a dozen types for damaged files
+            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.folder}/{step}: damaged ({first}); move this folder away, and the run goes on from "
+                            "the state before it") from error
+
+    def _restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         kept = self._manager.item_metadata(step)
         for item in self.ITEMS:
             check_tree(f"{self.folder}/{step}/{item}", kept[item].tree if kept[item] else {}, abstract[item])
@@ -130,7 +140,8 @@ def check_tree(path: str, found: Any, expected: Any) -> None:
     for name in sorted(kept.keys() | wanted.keys()):
         have, want = kept.get(name), wanted.get(name)
         if have is None:
-            raise UserError(f"{path}: no leaf {name}; the model wants {want}: the checkpoint is of another model, or damaged")
+            raise UserError(f"{path}: no leaf {name}, which the model has as {want}; the checkpoint is of another "
+                            "model, or damaged")
         if want is None:
             raise UserError(f"{path}: leaf {name} {have} is not in the model: the checkpoint is of another model")
         if have != want:
@@ -145,25 +156,27 @@ def _flat(tree: Any) -> dict[str, str]:
 
 def save_weights(folder: Path, params: Params, model: ModelConfig, tokenizer: Path | None,
                  info: dict[str, Any]) -> None:
-    """Writes a checkpoint of weights, whole or not at all: arrays first, checkpoint.json last.
+    """Writes a checkpoint of weights, whole or not at all, and once: a folder that is one is left as it is.
 
-    The arrays are read back and compared bit for bit before checkpoint.json makes the folder one. A folder that has
-    one is left as it is: permanent checkpoints are written once.
+    The arrays are read back and compared bit for bit before the folder gets its name.
 
     Raises:
-      UserError: a full disk, or bytes that come back changed.
+      UserError: a folder that holds something else, a full disk, or bytes that come back changed.
     """
     folder = Path(folder).absolute()
     if (folder / INFO).exists():
         return
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is no checkpoint; name another folder, or move it away")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     with _disk(folder), ocp.Checkpointer(_handler()) as writer:
-        writer.save(folder / WEIGHTS, args=ocp.args.PyTreeSave(params))
-    _compare(folder, params, _restore_numpy(folder / WEIGHTS))
+        writer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(params))
+    _compare(folder, params, _restore_numpy(partial / WEIGHTS))
     if tokenizer is not None:
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    write_json(folder / INFO, {"format": FORMAT, "model": to_dict(model), **info})
+        shutil.copyfile(tokenizer, partial / "tokenizer.json")
+    write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
+    partial.replace(folder)
 
 
 def _compare(folder: Path, written: Params, found: Params) -> None:

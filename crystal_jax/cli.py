@@ -5,6 +5,7 @@ means restart. Only the module of the command that is asked for is imported.
 """
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -54,3 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `crystal-jax ... | head` closed our output: nothing is left to say.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"crystal-jax {args.command}: {error.filename or 'the output'}: no space left on the device; what was "
+              "finished is whole: free some space and give the same command again", file=sys.stderr)
+        return UserError.exit_code

@@ -1,12 +1,14 @@
 """Reading configs/*.py with overrides from the command line: `--config=FILE[:VARIANT] --config.a.b=VALUE`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from crystal_jax.config import Config, ModelConfig, nearest, validate
+from crystal_jax import config
+from crystal_jax.config import Config, nearest, validate
 from crystal_jax.errors import UserError
 
 
@@ -49,14 +51,7 @@ def _explain(error: Exception) -> str:
     if "not found on dataclass" not in message:
         return f"no such entry ({message})"
     field, owner = message.split(" ")[1], message.rsplit(".", 1)[-1].rstrip("'>")
-    known = next((cls for cls in _dataclasses(Config) if cls.__name__ == owner), ModelConfig)
-    return f"no field {field}{nearest(field, known.__dataclass_fields__)}"
-
-
-def _dataclasses(cls: type) -> list[type]:
-    import crystal_jax.config as module
-
-    return [value for value in vars(module).values() if isinstance(value, type) and hasattr(value, "__dataclass_fields__")]
+    return f"no field {field}{nearest(field, [known.name for known in dataclasses.fields(getattr(config, owner))])}"
 
 
 def _last_line(error: Exception) -> str:

@@ -7,11 +7,12 @@ import argparse
 import json
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from crystal_jax.attention import empty_cache
 from crystal_jax.checkpoint import Weights, load_weights
@@ -41,6 +42,14 @@ class Sampling:
                                   ("num_samples", "above 0", self.num_samples > 0)):
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} must be {rule}")
+
+
+class Knobs(NamedTuple):
+    """The part of Sampling that compiled programs take as arguments."""
+
+    temperature: ArrayLike
+    top_p: ArrayLike
+    seed: ArrayLike
 
 
 class Generator:
@@ -79,14 +88,14 @@ class Generator:
         sampling.check()
         room = self.config.max_length - len(prompt)
         if sampling.max_tokens > room:
-            raise UserError(f"--max_tokens: {sampling.max_tokens} after a prompt of {len(prompt)} tokens is more than the "
-                            f"model's context of {self.config.max_length}; at most {max(room, 0)} fit")
+            raise UserError(f"--max_tokens: {sampling.max_tokens} after a prompt of {len(prompt)} tokens is more than "
+                            f"the model's context of {self.config.max_length}; at most {max(room, 0)} fit")
         length = -(-len(prompt) // BUCKET) * BUCKET
         ids = np.zeros((sampling.num_samples, length), np.int32)
         ids[:, : len(prompt)] = prompt
+        knobs = Knobs(np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.seed))
         found = np.asarray(_generate(self.model, self.tokenizer.eos_id, sampling.max_tokens, self.params, ids,
-                                     np.int32(len(prompt)), np.float32(sampling.temperature),
-                                     np.float32(sampling.top_p), np.int32(sampling.seed)))
+                                     np.int32(len(prompt)), knobs))
         return [_until(row.tolist(), self.tokenizer.eos_id) for row in found]
 
 
@@ -96,7 +105,7 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(model: Crystal, eos_id: int, max_tokens: int, params: Params, prompt_BP: jax.Array, length: jax.Array,
-              temperature: jax.Array, top_p: jax.Array, seed: jax.Array) -> jax.Array:
+              knobs: "Knobs") -> jax.Array:
     """Ids [B, max_tokens]; what follows a row's </s> is </s>.
 
     Slots of the cache: 0..P-1 the prompt, of which the first `length` count, then one for each new token.
@@ -109,11 +118,11 @@ def _generate(model: Crystal, eos_id: int, max_tokens: int, params: Params, prom
     cache = empty_cache(model.config, B, P + max_tokens, jnp.dtype(model.dtype))
     hidden_BPD, cache = bound.extend(prompt_BP, position_BP, prompt_mask, cache, jnp.int32(0))
     last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BPD, length - 1, 1, axis=1)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(B))
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(knobs.seed), row))(jnp.arange(B))
 
     def sample(hidden_B1D: jax.Array, t: jax.Array, ended_B: jax.Array) -> jax.Array:
-        ids_B = _sample(bound.logits(hidden_B1D)[:, 0], jax.vmap(lambda key: jax.random.fold_in(key, t))(keys_B),
-                        temperature, top_p)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys_B)
+        ids_B = _sample(bound.logits(hidden_B1D)[:, 0], keys, knobs.temperature, knobs.top_p)
         return jnp.where(ended_B, eos_id, ids_B).astype(jnp.int32)
 
     def more(carry: tuple[Any, ...]) -> jax.Array:
@@ -134,7 +143,7 @@ def _generate(model: Crystal, eos_id: int, max_tokens: int, params: Params, prom
     return jax.lax.while_loop(more, step, (jnp.int32(1), first_B == eos_id, out_BM, cache))[2]
 
 
-def _sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+def _sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike) -> jax.Array:
     """Ids [B]: the most probable at temperature 0, else drawn from the nucleus of probability top_p."""
     scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
     order_BV = jnp.argsort(-scaled_BV, axis=-1)
@@ -148,7 +157,7 @@ def _sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: jax.Array, top
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a run's folder, RUN/checkpoints/STEP or RUN/exports/PHASE/STEP")
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or one of its states or exports")
     parser.add_argument("--prompt", help="text to complete")
     parser.add_argument("--prefix", help="with --suffix: text before the gap to fill")
     parser.add_argument("--suffix", help="text after the gap")

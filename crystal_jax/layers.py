@@ -110,7 +110,10 @@ class MLP(nnx.Module):
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         gate_MF = project("md,df->mf", x_MD, self.gate, self.gate_bias, ("batch", "mlp"))
         up_MF = project("md,df->mf", x_MD, self.up, self.up_bias, ("batch", "mlp"))
-        out_MD = project("mf,fd->md", up_MF * jax.nn.silu(gate_MF), self.down, self.down_bias, ("batch", "embed"))
+        # In float32: each bfloat16 operation would round, and on a CPU convert to float32 and back.
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        mid_MF = (up_MF.astype(wide) * jax.nn.silu(gate_MF.astype(wide))).astype(x_BTD.dtype)
+        out_MD = project("mf,fd->md", mid_MF, self.down, self.down_bias, ("batch", "embed"))
         return out_MD.reshape(x_BTD.shape, out_sharding=sharding.used("batch", "length", "embed"))
 
 

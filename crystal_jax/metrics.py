@@ -5,30 +5,35 @@ Append-only: after a resume, steps that were lost are written again, and the las
 
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
 
 class MetricsLog:
     """Appends records; each line is flushed, so that a kill loses at most the line being written."""
 
     def __init__(self, run_dir: Path):
-        # Imported here, since it costs 0.2 s and only training writes events.
-        from tensorboardX import SummaryWriter
-
         path = run_dir / "metrics.jsonl"
         _end_last_line(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        self._events = SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=True)
+        (run_dir / "tensorboard").mkdir(exist_ok=True)
+        # The writer without a thread: an error must surface here, and a few scalars need no queue.
+        self._events = EventsWriter(str(run_dir / "tensorboard" / "events"))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        record = {"kind": kind, "step": step, **values, "time": time.time()}
-        self._file.write(json.dumps(record, allow_nan=True) + "\n")
+        now = time.time()
+        self._file.write(json.dumps({"kind": kind, "step": step, **values, "time": now}) + "\n")
         self._file.flush()
         for name, value in _scalars(kind, values):
-            self._events.add_scalar(name, value, step)
+            self._events.write_event(Event(wall_time=now, step=step, summary=scalar(name, value)))
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -44,7 +49,7 @@ def _end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
-def _scalars(prefix: str, values: dict[str, Any]):
+def _scalars(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _scalars(f"{prefix}/{name}", value)
@@ -52,16 +57,25 @@ def _scalars(prefix: str, values: dict[str, Any]):
             yield f"{prefix}/{name}", value
 
 
+@dataclass
 class Interval:
-    """What training did since the last log line: sums over the steps, per source."""
+    """What training did since the last log line: sums over the steps, per source.
 
-    def __init__(self, sources: list[str]):
-        self.sources = sources
-        self.steps = self.skipped = 0
-        self.seconds = 0.0
-        self.loss = self.grad_norm = 0.0
-        self.nll = np.zeros(len(sources))
-        self.tokens = np.zeros(len(sources))
+    It goes into the saved state, so that a resumed run logs what an undisturbed one does.
+    """
+
+    sources: list[str]
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    nll: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nll = self.nll or [0.0] * len(self.sources)
+        self.tokens = self.tokens or [0.0] * len(self.sources)
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         self.steps += 1
@@ -70,8 +84,8 @@ class Interval:
             return
         self.loss += float(metrics["loss"])
         self.grad_norm += float(metrics["grad_norm"])
-        self.nll += metrics["nll_per_source"]
-        self.tokens += metrics["tokens_per_source"]
+        self.nll = [a + float(b) for a, b in zip(self.nll, metrics["nll_per_source"], strict=True)]
+        self.tokens = [a + float(b) for a, b in zip(self.tokens, metrics["tokens_per_source"], strict=True)]
 
     def record(self) -> dict[str, Any]:
         """Means over the steps that were taken; nats per predicted token for each source that had any."""
@@ -81,7 +95,7 @@ class Interval:
             seen = [i for i, tokens in enumerate(self.tokens) if tokens]
             result |= {
                 "loss": self.loss / taken,
-                "loss_per_source": {self.sources[i]: float(self.nll[i] / self.tokens[i]) for i in seen},
+                "loss_per_source": {self.sources[i]: self.nll[i] / self.tokens[i] for i in seen},
                 "grad_norm": self.grad_norm / taken,
             }
         return result

@@ -166,7 +166,7 @@ def init_params(specs: Params, seed: int, mesh: Mesh) -> Params:
     def draw(path: tuple[Any, ...], spec: ParamSpec) -> jax.Array:
         name = "/".join(str(key.key) for key in path)
         layout = sharding.named(mesh, spec.axes)
-        return jax.make_array_from_callback(spec.shape, layout, lambda index: _draw(spec, name, seed, index))
+        return jax.make_array_from_callback(spec.shape, layout, lambda index: _draw(spec, name, seed, index or ()))
 
     return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
 

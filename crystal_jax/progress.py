@@ -43,10 +43,9 @@ class Clock:
     training.
     """
 
-    def __init__(self, config: TrainingConfig, plan: Plan, sources: list[str],
+    def __init__(self, config: TrainingConfig, plan: Plan, interval: Interval,
                  report: Callable[[int, dict[str, Any]], None]):
-        self.config, self.plan, self.sources, self.report = config, plan, sources, report
-        self.interval = Interval(sources)
+        self.config, self.plan, self.interval, self.report = config, plan, interval, report
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.since = time.perf_counter()
         self.nonfinite = 0
@@ -83,7 +82,7 @@ class Clock:
             tokens = self.interval.steps * placed.phase.global_batch_size * self.plan.sequence_length
             self.report(done, {**self.interval.record(), "step_seconds": seconds / self.interval.steps,
                                "tokens_per_second": tokens / seconds})
-            self.interval, self.since = Interval(self.sources), now
+            self.interval, self.since = Interval(self.interval.sources), now
 
 
 class Progress:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from crystal_jax import loss
 from crystal_jax.checkpoint import Weights, load_weights
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params
@@ -25,7 +24,7 @@ def score(weights: Weights, tokens_BT: np.ndarray, dtype: str = "float32") -> np
     """
     config = weights.model
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or tokens_BT.shape[1] < 2:
-        raise UserError(f"--tokens: {tokens_BT.dtype}{list(tokens_BT.shape)} must be integers [B, T] with T of 2 or more")
+        raise UserError(f"--tokens: {tokens_BT.dtype}{list(tokens_BT.shape)} must be integers [B, T], T of 2 or more")
     if tokens_BT.shape[1] - 1 > config.max_length:
         raise UserError(f"--tokens: rows of {tokens_BT.shape[1]} tokens; the model's context takes at most "
                         f"{config.max_length + 1}")
@@ -37,12 +36,8 @@ def score(weights: Weights, tokens_BT: np.ndarray, dtype: str = "float32") -> np
 
     @jax.jit
     def log_probability(params: Params, rows_BT: jax.Array) -> jax.Array:
-        bound = model.bind(params)
-        inputs_BT, targets_BT = rows_BT[:, :-1], rows_BT[:, 1:]
-        ones_BT = jnp.ones(inputs_BT.shape, jnp.float32)
-        _, nll_BT = loss.cross_entropy(bound.hidden(inputs_BT), bound.embed[...], targets_BT, ones_BT,
-                                       config.logit_scale)
-        return -nll_BT
+        ones_BT = jnp.ones((rows_BT.shape[0], rows_BT.shape[1] - 1), jnp.float32)
+        return -model.bind(params).loss(rows_BT[:, :-1], rows_BT[:, 1:], ones_BT)[1]
 
     result = np.empty((tokens_BT.shape[0], tokens_BT.shape[1] - 1), np.float32)
     for first in tqdm(range(0, len(tokens_BT), BATCH), unit_scale=BATCH, unit="row", disable=None):
@@ -53,7 +48,7 @@ def score(weights: Weights, tokens_BT: np.ndarray, dtype: str = "float32") -> np
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a run's folder, RUN/checkpoints/STEP or RUN/exports/PHASE/STEP")
+    parser.add_argument("--checkpoint", required=True, help="a run's folder, or one of its states or exports")
     parser.add_argument("--tokens", required=True, help="a .npy file of integers [B, T]")
     parser.add_argument("--output", required=True, help="the .npy file to write, float32 [B, T-1]")
 

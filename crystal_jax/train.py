@@ -24,7 +24,7 @@ from crystal_jax.config import Config, to_dict
 from crystal_jax.data.pipeline import Batches, Stores, heldout
 from crystal_jax.errors import UserError
 from crystal_jax.evaluate import HeldOut
-from crystal_jax.metrics import MetricsLog
+from crystal_jax.metrics import Interval, MetricsLog
 from crystal_jax.model import Crystal, Params, abstract_params, init_params, map_specs, parameter_count
 from crystal_jax.optimizer import apply_updates, make_optimizer, moments, with_moments
 from crystal_jax.phases import checkpoint_name, make_plan
@@ -51,8 +51,9 @@ def train(config: Config, run_dir: str | Path, init_from: str | Path | None = No
         run = Run(config, Path(run_dir), mesh, batches)
         weights = None if init_from is None else run.load(init_from)
         run.plan_hash = claim(run.run_dir, config, stores)
-        state, start = run.begin(weights)
-        return run.loop(state, start, HeldOut(run.model, windows, config.phases[0].global_batch_size, mesh), signals)
+        state, start, interval = run.begin(weights)
+        evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, mesh)
+        return run.loop(state, start, interval, evaluator, signals)
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
             return model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"])
 
         (loss, nll_BT), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(apply_updates(state.params, updates, lr), opt_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -117,19 +118,20 @@ class Run:
         return jax.tree.map(lambda leaf, to: jax.device_put(np.asarray(leaf, np.float32), to.sharding), weights.params,
                             self.abstract)
 
-    def begin(self, weights: Params | None) -> tuple[TrainState, int]:
-        """The newest saved state and its step; in a new run `weights`, or new parameters, and 0."""
+    def begin(self, weights: Params | None) -> tuple[TrainState, int, Interval]:
+        """The newest saved state, its step and its place between log lines; in a new run `weights` or drawn ones."""
         self.states = RollingStates(self.run_dir / "checkpoints", self.config.checkpoints,
                                     keep=[placed.end for placed in self.plan.phases])
         step = self.states.latest
         if step is None:
             params = weights or init_params(self.specs, self.config.training.seed, self.mesh)
-            return TrainState(params, self._fresh()), 0
+            return TrainState(params, self._fresh()), 0, Interval(sorted(self.config.sources))
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
         found, position = self.states.restore(
             step, {"params": self.abstract, "moments": {"count": count, "mu": self.abstract, "nu": self.abstract}})
         assert (position["step"], position["plan_hash"]) == (step, self.plan_hash), "claim() compared the plans"
-        return TrainState(found["params"], with_moments(self._fresh(), found["moments"])), step
+        state = TrainState(found["params"], with_moments(self._fresh(), found["moments"]))
+        return state, step, Interval(**position["interval"])
 
     def _fresh(self) -> optax.OptState:
         """Zero moments, laid out like the parameters."""
@@ -142,11 +144,11 @@ class Run:
         skeleton = jax.eval_shape(self.optimizer.init, self.abstract)
         return with_moments(skeleton, {"count": count, "mu": zeros(), "nu": zeros()})
 
-    def loop(self, state: TrainState, start: int, evaluator: HeldOut, signals: Signals) -> int:
+    def loop(self, state: TrainState, start: int, interval: Interval, evaluator: HeldOut, signals: Signals) -> int:
         self.log, self.progress = MetricsLog(self.run_dir), Progress(self.plan, start)
         self.log.write("start", start, versions=versions(), parameters=parameter_count(self.specs), resumed=start > 0,
                        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
-        clock = Clock(self.config.training, self.plan, sorted(self.config.sources), self.report)
+        clock = Clock(self.config.training, self.plan, interval, self.report)
         batches = self.batches.iterate(start)
         stopped = False
         for step in range(start, self.plan.total_steps):
@@ -184,7 +186,8 @@ class Run:
                 self.log.write("checkpoint", done, name=self.permanent[done])
             if roll:
                 tree = {"params": state.params, "moments": moments(state.opt_state)}
-                self.states.save(done, tree, {"model": to_dict(self.config.model), **self.describe(done)})
+                self.states.save(done, tree, {"model": to_dict(self.config.model), "interval": to_dict(clock.interval),
+                                              **self.describe(done)})
 
     @property
     def calendar(self) -> Calendar:
@@ -219,7 +222,8 @@ def dry_run(config: Config) -> str:
     sharding.check_divisible(config, mesh)
     Batches(config, Stores(config))
     abstract = abstract_params(Crystal(config.model).specs(), mesh)
-    lines = [recipe.render(recipe.describe(config)), f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}", ""]
+    lines = [recipe.render(recipe.describe(config)), "",
+             f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}"]
     total = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
         shard = leaf.sharding.shard_shape(leaf.shape)
@@ -232,7 +236,7 @@ def dry_run(config: Config) -> str:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, unless JAX was told where to."""
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "crystal_jax" / "xla"))
 

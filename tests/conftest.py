@@ -59,3 +59,11 @@ def run_cli() -> RunCli:
         return subprocess.run(command, env=clean, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and the stores `text` and `code`; see world.py."""
+    from world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

@@ -1,6 +1,6 @@
-"""The original PyTorch model and optimizer on a tiny configuration: inputs and outputs, in this project's layout.
+"""What the numerics tests compare with: the original model and optimizer on a tiny configuration, in our layout.
 
-Owns the mapping from the original's names. The files lie in ../shared/reference: oracle_tiny_f32.npz and _f64.npz
+Owns the mapping from the original's names to those of `params`. The files lie in ../shared/reference: oracle_tiny_f32.npz and _f64.npz
 (parameters, one batch, logits, gradients, residual stream, attention), oracle_optim.npz (three optimizer steps).
 """
 
@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from crystal_jax.config import ModelConfig
+from crystal_jax.model import map_specs
 
 Tree = dict[str, Any]
 MODEL = ModelConfig(vocab_size=101, embed_dim=64, num_layers=3, num_heads=4, mlp_dim=171, max_length=64, rotary_dim=4,
@@ -100,3 +102,25 @@ def _linears(get: Callable[[str], np.ndarray], prefix: str, names: dict[str, str
 
 def _stack(make: Callable[[int], np.ndarray]) -> np.ndarray:
     return np.stack([make(layer) for layer in range(_L)])
+
+
+# A training step compiles in a quarter of the time without LLVM's optimisations and the MLIR emitters of fused loops;
+# what is computed, and how it is partitioned, stays as it is.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def random_params(specs: Tree, seed: int = 0, std: float = 0.3) -> Tree:
+    """Float32 parameters none of which is at its initial value, so that a forgotten one shows."""
+    rng = np.random.default_rng(seed)
+    return map_specs(lambda spec: (spec.mean + std * rng.standard_normal(spec.shape)).astype(np.float32), specs)
+
+
+def worst(tree: Tree, reference: Tree, relative: bool = False) -> dict[str, float]:
+    """Largest absolute difference of each leaf, by its path; `relative` to the leaf's largest value."""
+
+    def difference(ours: Any, theirs: Any) -> float:
+        theirs = np.asarray(theirs, np.float64)
+        return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / (np.abs(theirs).max() if relative else 1))
+
+    found = jax.tree_util.tree_flatten_with_path(jax.tree.map(difference, tree, reference))[0]
+    return {".".join(key.key for key in path): value for path, value in found}

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({_line(error)}); fetch it again") from None
     for name in file.keys():  # noqa: SIM118 (not a dict)
-        yield name, lambda name=name: file.get_tensor(name)
+        yield name, partial(file.get_tensor, name)
 
 
 def _open_bin(path: Path) -> Iterator[tuple[str, Reader]]:
@@ -149,7 +150,7 @@ def _open_bin(path: Path) -> Iterator[tuple[str, Reader]]:
         raise UserError(f"{path}: can't be read as PyTorch weights ({_line(error)})") from None
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
-            yield name, lambda tensor=tensor: _to_numpy(tensor, torch.bfloat16, torch.int16)
+            yield name, partial(_to_numpy, tensor, torch.bfloat16, torch.int16)
 
 
 def _to_numpy(tensor: Any, bfloat16: Any, int16: Any) -> np.ndarray:

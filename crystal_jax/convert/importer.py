@@ -90,14 +90,13 @@ def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:
       UserError: as read_torch_folder; an output that holds something already, or can't be written.
     """
     output = Path(output)
-    # save_weights clears a folder that isn't a checkpoint, as it must for a half-written one: not what a user names.
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise UserError(f"{output}: exists; choose another --output, or delete it")
     from crystal_jax.checkpoint import save_weights
 
     params, model, tokenizer = read_torch_folder(folder, form)
     unknown = dict.fromkeys(("phase", "phase_step", "step", "tokens", "lr", "plan_hash"))
-    info = {"name": Path(folder).resolve().name, "imported_from": f"{folder} ({form})", **unknown,
+    info: dict[str, Any] = {"name": Path(folder).resolve().name, "imported_from": f"{folder} ({form})", **unknown,
             "tokens_per_source": {}, "config": {}}
     save_weights(output, params, model, tokenizer, info)
     return {"output": str(output), "form": form, "dtype": params["embed"].dtype.name,

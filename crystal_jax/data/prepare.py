@@ -170,7 +170,7 @@ def _begin(folder: Path, arguments: dict[str, Any]) -> None:
 
 def _check_same(folder: Path, arguments: dict[str, Any], earlier: dict[str, Any]) -> None:
     for field, value in arguments.items():
-        before = earlier.get(field)
+        before: Any = earlier.get(field)
         if before == value:
             continue
         if field == "tokenizer" and before["fingerprint"] == value["fingerprint"]:
@@ -191,7 +191,7 @@ def _run(tasks: list[Task], workers: int) -> None:
     if not tasks:
         return
     context = multiprocessing.get_context("spawn")
-    done = context.Array("Q", 2)
+    done: Any = context.Array("Q", 2)  # bytes read, tokens written
     with (
         ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,)) as pool,
         tqdm(unit="B", unit_scale=True, desc=tasks[0].folder.name, mininterval=1) as bar,

@@ -1,0 +1,212 @@
+"""Batches: exact shares, the same for any number of hosts, and a pure function of the step."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from world import make_config
+
+from crystal_jax.config import Config, Subset
+from crystal_jax.data.pipeline import Batches, Stores, heldout
+from crystal_jax.errors import UserError
+
+NO_FIM = "none"
+
+
+@pytest.fixture(scope="module")
+def config(world: Path) -> Config:
+    return make_config(world)
+
+
+@pytest.fixture(scope="module")
+def stores(config: Config) -> Stores:
+    return Stores(config)
+
+
+@pytest.fixture(scope="module")
+def batches(config: Config, stores: Stores) -> Batches:
+    return Batches(config, stores)
+
+
+def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+
+
+def test_a_batch_has_the_stated_shapes_and_targets_follow_inputs(batches: Batches) -> None:
+    for step in range(len(batches)):
+        batch = batches[step]
+        shapes = {name: (values.dtype.name, values.shape) for name, values in batch.items()}
+        assert shapes == {"inputs": ("int32", (8, 32)), "targets": ("int32", (8, 32)), "mask": ("float32", (8, 32)),
+                          "source": ("int32", (8,))}
+        assert np.array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+
+
+def test_every_phase_gives_exactly_its_quotas_and_counts_agree(batches: Batches) -> None:
+    names = sorted(batches.config.sources)
+    seen = dict.fromkeys(names, 0)
+    for step in range(len(batches)):
+        assert batches.counts(step) == seen
+        for index in batches[step]["source"]:
+            seen[names[index]] += 1
+    assert batches.counts(len(batches)) == seen
+    assert seen == {name: sum(placed.quotas[name] for placed in batches.plan.phases) for name in names}
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_together_see_the_batch_that_one_host_sees(
+        config: Config, stores: Stores, batches: Batches, hosts: int) -> None:
+    parts = [Batches(config, stores, host, hosts) for host in range(hosts)]
+    for step in (0, 5, 6, 9, 13, 14, 17):
+        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in batches[step]}
+        assert equal(joined, batches[step]), step
+
+
+def test_a_seek_gives_what_walking_there_gives(batches: Batches) -> None:
+    """Also across the ends of phases, at 6 and 14."""
+    walked = list(batches.iterate(0))
+    assert len(walked) == len(batches)
+    for start in (0, 1, 5, 6, 7, 13, 14, 16):
+        for step, batch in zip(range(start, len(batches)), batches.iterate(start), strict=True):
+            assert equal(batch, walked[step]), (start, step)
+
+
+def unshuffled(config: Config) -> Config:
+    plain = copy.deepcopy(config)
+    plain.data.fim_mode = NO_FIM
+    return plain
+
+
+def test_without_fim_each_row_is_a_window_of_its_subset_each_once_an_epoch(config: Config, stores: Stores) -> None:
+    batches = Batches(unshuffled(config), stores)
+    for placed in batches.plan.phases:
+        for name, reading in batches.readings[placed.index].items():
+            epoch, row = batches.rows(reading, np.arange(placed.quotas[name]))
+            for e in np.unique(epoch):
+                assert len(set(row[epoch == e])) == (epoch == e).sum(), "a row twice in an epoch"
+            one = np.arange(reading.rows) - reading.cursor % reading.rows + reading.rows
+            epochs, rows = batches.rows(reading, one)
+            assert len(set(epochs)) == 1 and sorted(rows) == list(range(reading.rows))
+    step = 3
+    seen, names = batches[step], sorted(config.sources)
+    interleave = batches.interleaves[0]
+    source, ordinal = interleave.locate(np.arange(step * 8, step * 8 + 8))
+    for at in range(8):
+        reading = batches.readings[0][interleave.names[source[at]]]
+        row = batches.rows(reading, ordinal[at : at + 1])[1][0]
+        window = reading.view.read(int(row) * 32, 33)
+        assert names[seen["source"][at]] == reading.name
+        assert np.array_equal(seen["inputs"][at], window[:-1]) and np.array_equal(seen["targets"][at], window[1:])
+
+
+def test_epochs_are_in_different_orders(batches: Batches) -> None:
+    reading = batches.readings[1]["code"]
+    first, second = (batches.rows(reading, np.arange(reading.rows) - reading.cursor + e * reading.rows)[1] for e in (1, 2))
+    assert sorted(first) == sorted(second) and not np.array_equal(first, second)
+
+
+def test_a_cursor_goes_on_while_the_subset_stays_and_starts_anew_with_another(batches: Batches) -> None:
+    cursors = [{name: reading.cursor for name, reading in phase.items()} for phase in batches.readings]
+    quotas = [placed.quotas for placed in batches.plan.phases]
+    assert [phase["text"] for phase in cursors] == [0, 0, 0]
+    assert [phase["code"] for phase in cursors] == [0, quotas[0]["code"], quotas[0]["code"] + quotas[1]["code"]]
+
+
+def test_even_and_odd_subsets_share_no_window(config: Config, stores: Stores) -> None:
+    batches = Batches(unshuffled(config), stores)
+    even, odd = batches.readings[0]["text"].view, batches.readings[1]["text"].view
+    whole = stores.by_source["text"].view("train")
+    assert even.num_tokens + odd.num_tokens == whole.num_tokens
+    assert batches.readings[2]["text"].view.num_tokens == int(whole.num_tokens * 0.5)
+
+
+def test_fim_stands_in_the_phases_and_sources_that_ask_for_it(batches: Batches) -> None:
+    middle = Stores(batches.config).tokenizer.fim_middle_id
+    code = sorted(batches.config.sources).index("code")
+    shares = []
+    for placed in batches.plan.phases:
+        rows = [(source == code, middle in row) for step in range(placed.start, placed.end)
+                for source, row in zip(batches[step]["source"], batches[step]["inputs"], strict=True)]
+        assert not any(has for is_code, has in rows if not is_code), "text is never cut"
+        shares.append(np.mean([has for is_code, has in rows if is_code]))
+    assert shares[0] == 0 and shares[1] > 0.6 > shares[2] > 0.02
+
+
+def test_another_seed_is_another_order(config: Config, stores: Stores, batches: Batches) -> None:
+    other = copy.deepcopy(config)
+    other.data.seed += 1
+    assert not equal(Batches(other, stores)[0], batches[0])
+
+
+def test_the_order_never_changes_silently(batches: Batches) -> None:
+    """Frozen: a change here trains another model from the same recipe, and needs a new plan format."""
+    assert batches[0]["source"].tolist() == [1, 1, 1, 1, 0, 1, 1, 1]
+    assert batches[9]["source"].sum() == 3
+
+
+def test_heldout_windows_are_of_the_heldout_split(config: Config, stores: Stores) -> None:
+    windows = heldout(config, stores)
+    assert set(windows) == {"text", "code"}
+    for domain, rows in windows.items():
+        view = stores.by_source[domain].view("heldout")
+        assert rows.shape[0] <= config.training.eval_sequences and rows.shape[1] == 33 and rows.dtype == np.int32
+        starts = np.arange((view.num_tokens - 1) // 32) * 32
+        every = {row.tobytes() for row in view.rows(starts, 33)}
+        assert all(row.tobytes() in every for row in rows)
+
+
+def broken(config: Config, change) -> Config:
+    result = copy.deepcopy(config)
+    change(result)
+    return result
+
+
+def less_vocab(c: Config) -> None:
+    c.model.vocab_size = 400
+
+
+def no_store(c: Config) -> None:
+    c.sources["text"].store = "absent"
+
+
+def no_tokenizer(c: Config) -> None:
+    c.data.tokenizer = "absent.json"
+
+
+def too_many_epochs(c: Config) -> None:
+    c.phases[0].epochs = {"text": 0.001}
+
+
+def too_little(c: Config) -> None:
+    c.phases[2].subset = {"text": Subset(first=1e-5)}
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (less_vocab, "config.model.vocab_size: 400 is less than the 420 ids"),
+    (no_store, "absent"),
+    (no_tokenizer, "absent.json"),
+    (too_many_epochs, "config.phases[0].epochs.text: the mix reads"),
+    (too_little, "tokens"),
+])
+def test_data_that_do_not_fit_are_refused_in_one_line(config: Config, change, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        changed = broken(config, change)
+        Batches(changed, Stores(changed))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_store_of_another_tokenizer_is_refused_by_both_fingerprints(config: Config, world: Path, tmp_path: Path) -> None:
+    from crystal_jax.data.tokenizer import train_tokenizer
+
+    train_tokenizer(["other words entirely"] * 5, 380).save(str(tmp_path / "other.json"))
+    changed = broken(config, lambda c: setattr(c.data, "tokenizer", str(tmp_path / "other.json")))
+    with pytest.raises(UserError, match="made by tokenizer .* set config.data.tokenizer"):
+        Stores(changed)
+
+
+def test_stated_epochs_allow_what_they_state(config: Config, stores: Stores) -> None:
+    batches = Batches(config, stores)
+    reading, quota = batches.readings[0]["text"], batches.plan.phases[0].quotas["text"]
+    stated = dataclasses.replace(config.phases[0], epochs={"text": quota / reading.rows})
+    Batches(dataclasses.replace(config, phases=[stated, *config.phases[1:]]), stores)

@@ -1,0 +1,233 @@
+"""The mesh and its rules, and that a training run is the same however it is split."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from crystal_jax import sharding
+from crystal_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Phase, TrainingConfig
+from crystal_jax.errors import UserError
+from crystal_jax.model import Crystal, abstract_params, init_params, map_specs
+from crystal_jax.optimizer import make_optimizer, moments, with_moments
+from crystal_jax.sharding import make_mesh
+from crystal_jax.train import TrainState, make_train_step
+
+MODEL = ModelConfig(vocab_size=104, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=88, max_length=32, rotary_dim=4,
+                    mup_base_width=8)
+SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)]
+STEPS = 3
+BATCH = ("data", "fsdp")
+
+
+# The mesh
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [
+    ((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((2, 2, -1), (2, 2, 2)), ((-1, 2, 4), (1, 2, 4)), ((1, 8, 1), (1, 8, 1)),
+])
+def test_one_axis_takes_what_is_left(sizes: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    mesh = make_mesh(MeshConfig(*sizes))
+    assert tuple(mesh.shape[axis] for axis in sharding.AXES) == expected
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * 3
+
+
+@pytest.mark.parametrize(("sizes", "message"), [
+    ((1, 1, 1), "config.training.mesh: data=1, fsdp=1, tensor=1 doesn't fit 8 devices; the sizes must multiply to 8, with "
+                "-1 for the axis that takes what is left"),
+    ((2, 2, 4), "data=2, fsdp=2, tensor=4 doesn't fit 8 devices"),
+    ((-1, 3, 1), "data=-1, fsdp=3, tensor=1 doesn't fit 8 devices"),
+    ((-1, 1, 16), "data=-1, fsdp=1, tensor=16 doesn't fit 8 devices"),
+    ((-1, -1, 2), "config.training.mesh: data=-1, fsdp=-1, tensor=2: only one axis can be -1"),
+])
+def test_a_mesh_that_does_not_fit_the_devices(sizes: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_mesh(MeshConfig(*sizes))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def config_with(**changes: Any) -> Config:
+    """A config that fits data=2, fsdp=2, tensor=2, with fields of model, phase or training changed."""
+    config = Config(model=dataclasses.replace(MODEL), phases=[Phase(name=name, global_batch_size=8) for name in "ab"],
+                    training=TrainingConfig(eval_sequences=8))
+    for owner in (config.model, config.phases[1], config.training):
+        for name in changes.keys() & vars(owner).keys():
+            setattr(owner, name, changes[name])
+    return config
+
+
+def test_sizes_that_divide_are_accepted() -> None:
+    sharding.check_divisible(config_with(), make_mesh(MeshConfig(2, 2, 2)))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"global_batch_size": 10}, "config.phases[1].global_batch_size: 10 doesn't divide into 4 equal parts (mesh axis data "
+                                "x fsdp); the nearest that do are 8 and 12"),
+    ({"global_batch_size": 2}, "config.phases[1].global_batch_size: 2 doesn't divide into 4 equal parts (mesh axis data x "
+                               "fsdp); the nearest that do are 4"),
+    ({"eval_sequences": 6}, "config.training.eval_sequences: 6 doesn't divide into 4 equal parts (mesh axis data x fsdp); "
+                            "the nearest that do are 4 and 8"),
+    ({"embed_dim": 33}, "config.model.embed_dim: 33 doesn't divide into 2 equal parts (mesh axis fsdp); the nearest that do "
+                        "are 32 and 34"),
+    ({"num_heads": 5}, "config.model.num_heads: 5 doesn't divide into 2 equal parts (mesh axis tensor); the nearest that do "
+                       "are 4 and 6"),
+    ({"mlp_dim": 171}, "config.model.mlp_dim: 171 doesn't divide into 2 equal parts (mesh axis tensor)"),
+    ({"vocab_size": 101}, "config.model.vocab_size: 101 doesn't divide into 2 equal parts (mesh axis tensor)"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_sizes_that_do_not_divide(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        sharding.check_divisible(config_with(**changes), make_mesh(MeshConfig(2, 2, 2)))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+# The table
+
+
+def test_every_parameter_is_split_by_the_table() -> None:
+    """All that is large is split over fsdp and tensor, by the layouts that are written here."""
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    found = map_specs(lambda spec: sharding.named(mesh, spec.axes).spec, Crystal(MODEL).specs())
+    norm, norms = {"scale": P("fsdp"), "bias": P("fsdp")}, {"scale": P(None, "fsdp"), "bias": P(None, "fsdp")}
+    inward, across = P(None, "fsdp", "tensor"), P(None, "tensor")
+    assert found == {
+        "embed": P("tensor", "fsdp"), "final_norm": norm,
+        "layers": {
+            "attn_norm": norms, "mlp_norm": norms,
+            "attn": {**{name: P(None, "fsdp", "tensor", None) for name in "qkv"},
+                     **{f"{name}_bias": P(None, "tensor", None) for name in "qkv"},
+                     "o": P(None, "tensor", None, "fsdp"), "o_bias": P(None, "fsdp")},
+            "mlp": {"gate": inward, "up": inward, "gate_bias": across, "up_bias": across,
+                    "down": P(None, "tensor", "fsdp"), "down_bias": P(None, "fsdp")},
+        },
+    }
+
+
+def test_a_weight_is_gathered_over_fsdp_where_it_is_used() -> None:
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), sharding.named(mesh, ("embed", "mlp")))
+        gathered = sharding.gather(weight, ("embed", "mlp"), jnp.dtype(jnp.bfloat16))
+        assert jax.typeof(weight).sharding.spec == P("fsdp", "tensor")
+        assert jax.typeof(gathered).sharding.spec == P(None, "tensor")
+        assert gathered.dtype == jnp.bfloat16
+        assert np.array_equal(gathered.astype(jnp.float32), weight)
+
+
+def test_without_a_mesh_the_helpers_do_nothing() -> None:
+    assert sharding.used("batch", "length", "embed") is None
+    weight = jnp.ones((4, 4))
+    assert sharding.gather(weight, ("embed", "mlp"), weight.dtype) is weight
+
+
+def test_a_wrong_layout_fails_when_it_is_traced() -> None:
+    """Layouts are part of types: no program with a surprise in it is ever compiled."""
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    with jax.set_mesh(mesh):
+        a, b = (jax.device_put(np.ones((8, 8), np.float32), NamedSharding(mesh, spec)) for spec in (P("fsdp"), P("tensor")))
+        with pytest.raises(Exception, match="[Ss]harding"):
+            jax.eval_shape(lambda a, b: a + b, a, b)
+
+
+def test_a_batch_is_split_over_its_rows() -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    batch = {"inputs": np.arange(48, dtype=np.int32).reshape(8, 6), "source": np.arange(8, dtype=np.int32)}
+    placed = sharding.put_batch(mesh, batch)
+    for name, rows in batch.items():
+        assert placed[name].dtype == rows.dtype
+        assert placed[name].sharding.spec == P(BATCH)
+        assert np.array_equal(placed[name], rows)
+        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, *rows.shape[1:])}
+
+
+# A training run
+
+
+Result = dict[str, Any]
+
+
+def batches() -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, MODEL.vocab_size, (STEPS, 8, 17)).astype(np.int32)
+    mask = (rng.random((STEPS, 8, 16)) < 0.9).astype(np.float32)
+    source = np.arange(8, dtype=np.int32) % 3
+    return [{"inputs": t[:, :-1], "targets": t[:, 1:], "mask": m, "source": source} for t, m in zip(tokens, mask, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable[[tuple[int, ...]], Result]:
+    """run(mesh sizes) -> metrics of each step, the state after the last, and the types of gradients and state."""
+
+    @functools.cache
+    def compute(sizes: tuple[int, ...]) -> Result:
+        mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+        model = Crystal(MODEL)
+        optimizer = make_optimizer(OptimizerConfig(), MODEL, model.specs())
+        with jax.set_mesh(mesh):
+            params = init_params(model.specs(), 1, mesh)
+            abstract = abstract_params(model.specs(), mesh)
+            before = jax.tree.map(np.asarray, params)
+            placed = [sharding.put_batch(mesh, batch) for batch in batches()]
+            grads = jax.eval_shape(jax.grad(lambda params, batch: model.bind(params).loss(
+                batch["inputs"], batch["targets"], batch["mask"])[0]), params, placed[0])
+            zeros = [jax.tree.map(lambda p: jax.device_put(np.zeros(p.shape, p.dtype), p.sharding), params) for _ in "mv"]
+            count = jax.device_put(np.zeros((), np.int32), sharding.replicated(mesh))
+            opt_state = with_moments(jax.eval_shape(optimizer.init, abstract), {"count": count, "mu": zeros[0], "nu": zeros[1]})
+            lr = jax.device_put(np.float32(0.01), sharding.replicated(mesh))
+            step = make_train_step(model, optimizer, 3).lower(TrainState(params, opt_state), placed[0], lr).compile(oracle.QUICK)
+            state, metrics = TrainState(params, opt_state), []
+            for batch in placed:
+                state, found = step(state, batch, lr)
+                metrics.append(jax.tree.map(np.asarray, found))
+        return {"metrics": metrics, "before": before, "state": state, "params": jax.tree.map(np.asarray, state.params),
+                "grads": grads, "abstract": abstract}
+
+    return compute
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_training_is_the_same_on_every_mesh(run: Callable[..., Result], sizes: tuple[int, ...]) -> None:
+    """Losses, gradient norms and sums per source of three updates, and the parameters after them."""
+    whole, split = run((1, 1, 1)), run(sizes)
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole["before"], split["before"]))
+    for ours, theirs in zip(split["metrics"], whole["metrics"], strict=True):
+        assert ours["finite"]
+        assert np.array_equal(ours["tokens_per_source"], theirs["tokens_per_source"])
+        for name in ("loss", "grad_norm", "nll_per_source"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-6, err_msg=name)
+    # The key bias keeps rounding noise where nothing rotates: Adam makes steps of it.
+    far = {name: value for name, value in oracle.worst(split["params"], whole["params"]).items() if "k_bias" not in name}
+    assert max(far.values()) <= 2e-5, far
+
+
+def test_the_run_learns(run: Callable[..., Result]) -> None:
+    """So that equal losses say something of gradients and updates."""
+    losses = [float(metrics["loss"]) for metrics in run((1, 1, 1))["metrics"]]
+    assert len(set(losses)) == STEPS
+    assert min(oracle.worst(run((1, 1, 1))["params"], run((1, 1, 1))["before"]).values()) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+def test_gradients_and_state_lie_as_the_parameters_do(run: Callable[..., Result], sizes: tuple[int, ...]) -> None:
+    result = run(sizes)
+    state = result["state"]
+    trees = {"grads": result["grads"], "params": state.params,
+             **{name: moments(state.opt_state)[name] for name in ("mu", "nu")}}
+    for name, tree in trees.items():
+        for (path, leaf), wanted in zip(jax.tree_util.tree_flatten_with_path(tree)[0],
+                                        jax.tree.leaves(result["abstract"]), strict=True):
+            assert jax.typeof(leaf).sharding.spec == wanted.sharding.spec, (name, path)
+            assert leaf.dtype == wanted.dtype
+            assert leaf.shape == wanted.shape
+    shards = {shard.data.size for shard in state.params["layers"]["mlp"]["gate"].addressable_shards}
+    assert shards == {2 * 32 * 88 // (sizes[1] * sizes[2])}, "every device holds its share and no more"
