@@ -26,6 +26,12 @@ COMMANDS = {
 }
 
 
+def _without_closed_loops(event: "sys.UnraisableHookArgs") -> None:
+    """After an error, TensorStore's other reads and writes complain that Orbax's event loop is gone."""
+    if "Event loop is closed" not in str(event.exc_value):
+        sys.__unraisablehook__(event)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -40,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
     if unknown := [arg for arg in rest if arg not in overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    # Libraries warn there of what isn't the user's concern, such as metadata that old checkpoints lack.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs there what it also raises, and warns of metadata that no one needs.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops
     try:
         if isinstance(getattr(args, "config", None), str):
             from crystal_jax.config_file import load_config

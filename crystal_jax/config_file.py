@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -29,7 +30,10 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=False)
     try:
-        left = values(argv)
+        with warnings.catch_warnings():
+            # ml_collections 1.1.0 still loads the file by a call that Python 3.12 deprecates.
+            warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
+            left = values(argv)
     except (KeyError, IndexError) as error:
         raise UserError(f"{_culprit(error, argv)}: {_explain(error)}") from error
     except (flags.Error, ValueError, TypeError) as error:

@@ -39,6 +39,7 @@ class Sampling:
         for name, rule, holds in (("max_tokens", "above 0", self.max_tokens > 0),
                                   ("temperature", "0 or more", self.temperature >= 0),
                                   ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+                                  ("seed", "from 0 to 2147483647", 0 <= self.seed < 2**31),
                                   ("num_samples", "above 0", self.num_samples > 0)):
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} must be {rule}")

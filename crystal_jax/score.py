@@ -23,12 +23,13 @@ def score(weights: Weights, tokens_BT: np.ndarray, dtype: str = "float32") -> np
       UserError: another shape or type, ids outside the vocabulary, rows longer than the context.
     """
     config = weights.model
-    if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in "iu" or tokens_BT.shape[1] < 2:
-        raise UserError(f"--tokens: {tokens_BT.dtype}{list(tokens_BT.shape)} must be integers [B, T], T of 2 or more")
+    shape = tokens_BT.shape
+    if len(shape) != 2 or tokens_BT.dtype.kind not in "iu" or shape[0] < 1 or shape[1] < 2:
+        raise UserError(f"--tokens: {tokens_BT.dtype}{list(shape)} must be integers [B, T], B of 1 and T of 2 or more")
     if tokens_BT.shape[1] - 1 > config.max_length:
         raise UserError(f"--tokens: rows of {tokens_BT.shape[1]} tokens; the model's context takes at most "
                         f"{config.max_length + 1}")
-    if tokens_BT.size and not (0 <= tokens_BT.min() and tokens_BT.max() < config.vocab_size):
+    if not (0 <= tokens_BT.min() and tokens_BT.max() < config.vocab_size):
         raise UserError(f"--tokens: ids from {tokens_BT.min()} to {tokens_BT.max()}; the model has 0 to "
                         f"{config.vocab_size - 1}")
     model = Crystal(config, dtype, unroll=config.num_layers)
@@ -53,14 +54,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="the .npy file to write, float32 [B, T-1]")
 
 
-def main(args: argparse.Namespace) -> None:
+def read_tokens(path: str) -> np.ndarray:
+    """The array of a .npy file.
+
+    Raises:
+      UserError: no such file, or another kind.
+    """
     try:
-        tokens = np.load(args.tokens, allow_pickle=False)
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"--tokens={args.tokens}: {error}; give a .npy file of integers [B, T]") from error
-    result = score(load_weights(args.checkpoint), tokens)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"--tokens={path}: {error}; give a .npy file of integers [B, T]") from error
+
+
+def check_output(output: Path) -> None:
+    """Refuses, before the work, what can't be written after it."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output}: {error.strerror}; name a file in a folder that can be made") from error
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output={output}: a folder, or in one that is read-only; name a .npy file to write")
+
+
+def main(args: argparse.Namespace) -> None:
+    tokens, output = read_tokens(args.tokens), Path(args.output)
+    weights = load_weights(args.checkpoint)
+    check_output(output)
+    result = score(weights, tokens)
     temporary = output.with_name(f".{output.name}.tmp.npy")
     np.save(temporary, result)
     os.replace(temporary, output)

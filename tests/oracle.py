@@ -1,7 +1,8 @@
 """What the numerics tests compare with: the original model and optimizer on a tiny configuration, in our layout.
 
-Owns the mapping from the original's names to those of `params`. The files lie in ../shared/reference: oracle_tiny_f32.npz and _f64.npz
-(parameters, one batch, logits, gradients, residual stream, attention), oracle_optim.npz (three optimizer steps).
+Owns the mapping from the original's names to those of `params`. The files lie in ../shared/reference:
+oracle_tiny_f32.npz and _f64.npz (parameters, one batch, logits, gradients, residual stream, attention) and
+oracle_optim.npz (three optimizer steps on that batch).
 """
 
 import json
@@ -71,8 +72,10 @@ def after_training(reference: Path) -> tuple[dict[str, np.ndarray], Tree]:
         return found[f"after3/model.{name}"].T
 
     layer = "transformer_decoder.layers.{}."
-    tree = _norms(lambda name: get(name).T, "embedding_layer.word_embeddings.weight", "ln_f", f"{layer}norm1", f"{layer}norm3")
-    attn = _linears(get, f"{layer}self_attn.proj_", {name: f"{name}_dense_layer" for name in "qkv"} | {"o": "output_dense_layer"})
+    embed = "embedding_layer.word_embeddings.weight"
+    tree = _norms(lambda name: get(name).T, embed, "ln_f", f"{layer}norm1", f"{layer}norm3")
+    attn = _linears(get, f"{layer}self_attn.proj_", {
+        **{name: f"{name}_dense_layer" for name in "qkv"}, "o": "output_dense_layer"})
     for name in "qkv":
         attn[name] = attn[name].reshape(_L, _D, _N, _H)
         attn[f"{name}_bias"] = attn[f"{name}_bias"].reshape(_L, _N, _H)

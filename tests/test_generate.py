@@ -3,7 +3,7 @@
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from crystal_jax import cli
+from crystal_jax import cli, generate
 from crystal_jax.checkpoint import Weights, save_weights
 from crystal_jax.config import ModelConfig
 from crystal_jax.data.fim import fim_prompt
@@ -24,7 +24,7 @@ from crystal_jax.model import Crystal
 
 VOCAB = 400
 MODEL = ModelConfig(vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=2 * BUCKET + 12,
-                    rotary_dim=4, mup_base_width=8)
+                    rotary_dim=4, mup_base_width=8, embed_scale=0.1)
 GREEDY = Sampling(max_tokens=12)
 DRAWN = Sampling(max_tokens=12, temperature=1.0, seed=3)
 
@@ -34,12 +34,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     """A random model, sharp enough that no rounding changes its choices, and a tokenizer of a few words."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     train_tokenizer(["def total(values): return sum(values) # the total of the values " * 5], VOCAB).save(str(path))
-    return Weights(oracle.random_params(Crystal(MODEL).specs(), seed=1), MODEL, path)
+    params = oracle.random_params(Crystal(MODEL).specs(), std=0.8)
+    # No token and no direction is favoured, so that it doesn't say one token again and again.
+    params["embed"] *= 3 / np.linalg.norm(params["embed"], axis=1, keepdims=True)
+    params["final_norm"] = {"scale": np.ones(16, np.float32), "bias": np.zeros(16, np.float32)}
+    return Weights(params, MODEL, path)
 
 
 @pytest.fixture(scope="module")
-def generator(weights: Weights) -> Generator:
-    return Generator(weights)
+def generator(weights: Weights) -> Iterator[Generator]:
+    """It and whatever else generates in this file is compiled quickly."""
+    quick = jax.jit(generate._generate.__wrapped__, static_argnums=(0, 1, 2), compiler_options=oracle.QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "_generate", quick)
+        yield Generator(weights)
 
 
 def with_params(generator: Generator, **params: Any) -> Generator:
@@ -85,7 +93,7 @@ def test_the_cache_changes_nothing(generator: Generator, loop: Loop, length: int
     """Around each size that prompts are filled up to, and up to the very end of the context."""
     prompt = prompt_of(length)
     expected = loop(generator, prompt, GREEDY.max_tokens)
-    assert len(set(expected)) > 3, "a model that says one thing would hide mistakes"
+    assert len(set(expected)) > 6, "a model that says one thing would hide mistakes"
     assert generator.tokens(prompt, GREEDY) == [expected]
 
 
@@ -105,8 +113,8 @@ def test_a_context_that_is_too_short(generator: Generator) -> None:
     prompt = prompt_of(MODEL.max_length - 11)
     with pytest.raises(UserError) as error:
         generator.tokens(prompt, GREEDY)
-    assert str(error.value) == ("--max_tokens: 12 after a prompt of 129 tokens is more than the model's context of 140; at "
-                                "most 11 fit")
+    assert str(error.value) == (
+        "--max_tokens: 12 after a prompt of 129 tokens is more than the model's context of 140; at most 11 fit")
     with pytest.raises(UserError, match="at most 0 fit"):
         generator.tokens(prompt_of(200), GREEDY)
 
@@ -154,7 +162,8 @@ def frequencies() -> Callable[[float, float], np.ndarray]:
 
 @pytest.mark.parametrize(("temperature", "top_p", "kept"), [
     (1.0, 1.0, 6), (2.0, 1.0, 6), (0.5, 1.0, 6), (1.0, 0.9, 4), (1.0, 0.8, 3), (1.0, 0.4, 1), (2.0, 0.6, 3)])
-def test_frequencies(frequencies: Callable[[float, float], np.ndarray], temperature: float, top_p: float, kept: int) -> None:
+def test_frequencies(frequencies: Callable[[float, float], np.ndarray], temperature: float, top_p: float,
+                     kept: int) -> None:
     """P to the power of 1/temperature, cut to the smallest set with top_p, within what 4000 draws can say."""
     expected = P ** (1 / temperature)
     expected /= expected.sum()
@@ -228,13 +237,12 @@ def test_weights_without_a_tokenizer(weights: Weights) -> None:
         Generator(Weights(weights.params, weights.model, None))
 
 
-def test_weights_in_half_precision_are_accepted(weights: Weights) -> None:
+def test_weights_in_half_precision_are_accepted(generator: Generator) -> None:
     """Exports are bfloat16: computed in float32 all the same."""
-    half = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16)), weights.params)
-    generator = Generator(Weights(half, weights.model, weights.tokenizer))
-    single = Generator(Weights(jax.tree.map(lambda leaf: leaf.astype(np.float32), half), weights.model, weights.tokenizer))
-    single.model = generator.model
-    assert generator.tokens([1, 5], Sampling(max_tokens=4)) == single.tokens([1, 5], Sampling(max_tokens=4))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), generator.params)
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    found, expected = (with_params(generator, **params).tokens(prompt_of(5), GREEDY) for params in (half, single))
+    assert found == expected
 
 
 # The command
@@ -247,17 +255,31 @@ def checkpoint(weights: Weights, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_the_command_prints_text_or_json(checkpoint: Path, generator: Generator,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["generate", f"--checkpoint={checkpoint}", "--max_tokens=4"]
-    completion = generator.complete("def", Sampling(max_tokens=4))[0]
-    assert cli.main([*settings, "--prompt=def"]) == 0
-    assert capsys.readouterr().out == f"def{completion}\n"
-    drawn = generator.infill("def ", "(x)", Sampling(max_tokens=4, temperature=0.8, top_p=0.9, seed=5, num_samples=2))
-    drawing = ["--temperature=0.8", "--top_p=0.9", "--seed=5", "--num_samples=2", "--prefix=def ", "--suffix=(x)"]
-    assert cli.main([*settings, *drawing, "--json"]) == 0
+def test_the_command_completes(checkpoint: Path, generator: Generator, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", f"--checkpoint={checkpoint}", "--max_tokens=12", "--prompt=def"]) == 0
+    assert capsys.readouterr().out == f"def{generator.complete('def', GREEDY)[0]}\n"
+
+
+@pytest.fixture
+def command(checkpoint: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command's first arguments, with the generator that is already compiled."""
+    monkeypatch.setattr(generate, "Generator", lambda weights: generator)
+    return ["generate", f"--checkpoint={checkpoint}", "--max_tokens=12", "--temperature=1", "--seed=3"]
+
+
+def test_the_command_fills_in_and_prints_json(command: list[str], generator: Generator,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    texts = generator.infill("def ", "(x)", Sampling(12, 1.0, seed=3, num_samples=3))
+    assert cli.main([*command, "--num_samples=3", "--prefix=def ", "--suffix=(x)", "--json"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
-        {"sample": number, "prefix": "def ", "text": text, "suffix": "(x)"} for number, text in enumerate(drawn)]
+        {"sample": number, "prefix": "def ", "text": text, "suffix": "(x)"} for number, text in enumerate(texts)]
+
+
+def test_the_command_numbers_several_samples(command: list[str], generator: Generator,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    texts = generator.complete("def", Sampling(12, 1.0, seed=3, num_samples=3))
+    assert cli.main([*command, "--num_samples=3", "--prompt=def"]) == 0
+    assert capsys.readouterr().out == "".join(f"--- {i} of 3\ndef{text}\n" for i, text in enumerate(texts, start=1))
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

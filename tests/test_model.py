@@ -158,7 +158,8 @@ def test_the_parameters_of_a_layer() -> None:
     norm = {"scale": ("vector", D), "bias": ("vector", D)}
     layer = {
         "attn_norm": norm, "mlp_norm": norm,
-        "attn": {**{name: ("matrix", D, N, H) for name in "qkv"}, **{f"{name}_bias": ("vector", N, H) for name in "qkv"},
+        "attn": {**dict.fromkeys("qkv", ("matrix", D, N, H)),
+                 **dict.fromkeys(["q_bias", "k_bias", "v_bias"], ("vector", N, H)),
                  "o": ("matrix", N, H, D), "o_bias": ("vector", D)},
         "mlp": {"gate": ("matrix", D, F), "gate_bias": ("vector", F), "up": ("matrix", D, F), "up_bias": ("vector", F),
                 "down": ("matrix", F, D), "down_bias": ("vector", D)},
@@ -225,7 +226,8 @@ def test_initial_values_depend_on_seed_name_and_layer_only() -> None:
 
 def test_initial_values_stay_the_same_between_versions() -> None:
     """Frozen: another order of draws, in ours or in numpy's generator, makes another model of the same seed."""
-    np.testing.assert_allclose(truncated_normal((4,), 1.0, "1/embed"), [0.9165251, 0.9878706, 1.0240887, -0.24817735], 1e-6)
+    embed = truncated_normal((4,), 1.0, "1/embed")
+    np.testing.assert_allclose(embed, [0.9165251, 0.9878706, 1.0240887, -0.24817735], 1e-6)
     layer = truncated_normal((4,), 1.0, "1/layers/attn/q/0")
     np.testing.assert_allclose(layer, [-0.44820732, -1.8789351, 1.503587, 0.6024383], 1e-6)
 
@@ -250,7 +252,8 @@ def reach(small: tuple[Crystal, dict[str, Any]]) -> Callable[[np.ndarray], np.nd
     @functools.partial(jax.jit, compiler_options=oracle.QUICK)
     def compute(embed: jax.Array, segments_BT: jax.Array) -> jax.Array:
         def hidden(embed: jax.Array) -> jax.Array:
-            return model.bind({**params, "embed": embed}).hidden(jnp.asarray(DISTINCT)[None], segment_ids_BT=segments_BT)
+            bound = model.bind({**params, "embed": embed})
+            return bound.hidden(jnp.asarray(DISTINCT)[None], segment_ids_BT=segments_BT)
 
         pullback = jax.vjp(hidden, embed)[1]
         return jnp.max(jnp.abs(jax.vmap(lambda row: pullback(row)[0])(cotangents)), axis=-1)

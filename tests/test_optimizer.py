@@ -61,8 +61,8 @@ def trained(originals: tuple[Tree, ...]) -> dict[str, tuple[Tree, Tree]]:
     for name, optimizer in {"ours": make_optimizer(CONFIG, oracle.MODEL, model.specs()),
                             "plain": plain_adamw(model.specs())}.items():
         @functools.partial(jax.jit, compiler_options=oracle.QUICK)
-        def update(params: Tree, grads: Tree, state: Any, lr: jax.Array, optimizer: Any = optimizer) -> tuple[Tree, Any]:
-            updates, state = optimizer.update(grads, state, params)
+        def update(params: Tree, grads: Tree, state: Any, lr: jax.Array, chosen: Any = optimizer) -> tuple[Tree, Any]:
+            updates, state = chosen.update(grads, state, params)
             return apply_updates(params, updates, lr), state
 
         params, state = jax.tree.map(jnp.asarray, before), optimizer.init(before)
@@ -84,8 +84,9 @@ def known(reference: Path) -> Tree:
 
 
 def furthest(params: Tree, reference: Tree, where: Tree) -> float:
-    distance = jax.tree.map(lambda a, b, chosen: np.max(np.abs(a - b), where=chosen, initial=0), params, reference, where)
-    return float(max(jax.tree.leaves(distance)))
+    """Largest difference among the chosen elements."""
+    return max(float(np.max(np.abs(a - b), where=chosen, initial=0)) for a, b, chosen in zip(
+        *map(jax.tree.leaves, (params, reference, where)), strict=True))
 
 
 # The original's values
@@ -141,8 +142,8 @@ def formula(grads: np.ndarray) -> np.ndarray:
 def test_adam_is_its_formula(data: st.DataObject, exponent: int) -> None:
     """At every size of gradient: near epsilon it decides the size of the step."""
     number = st.floats(-1, 1, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
-    grads = 10.0**exponent * np.array(data.draw(st.lists(st.lists(number, min_size=3, max_size=3), min_size=1, max_size=4)))
-    grads = grads.astype(np.float32)
+    rows = st.lists(st.lists(number, min_size=3, max_size=3), min_size=1, max_size=4)
+    grads = (10.0**exponent * np.array(data.draw(rows))).astype(np.float32)
     adam = scale_by_adam(CONFIG.beta1, CONFIG.beta2, CONFIG.eps)
     state = adam.init(jnp.zeros(3))
     for grad, expected in zip(grads, formula(grads), strict=True):
@@ -169,9 +170,10 @@ def one_update(optimizer: optax.GradientTransformation, params: Tree, grads: Tre
     return update(params, grads)
 
 
-MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
-EXPECTED = {name: (0.0625, True) for name in MATRICES} | {"embed": (1.0, True)}
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+EXPECTED = {**dict.fromkeys(MATRICES, (0.0625, True)), "embed": (1.0, True)}
 VECTOR = (1.0, False)
+"""(multiplier of the learning rate, decays) of all other leaves."""
 
 
 def test_groups_at_7b(specs: Tree) -> None:

@@ -57,7 +57,7 @@ def check(quotas: dict[str, int]) -> None:
 def test_every_small_phase(sources: int) -> None:
     for numbers in itertools.product(range(7), repeat=sources):
         if any(numbers):
-            check({name: number for name, number in zip("abc", numbers, strict=False)})
+            check(dict(zip("abc", numbers, strict=False)))
 
 
 @given(quotas=quotas_of_sources)
@@ -194,5 +194,5 @@ def test_one_index_alone_gives_the_same() -> None:
     (452_785_344, [431586485, 18173568, 80062420, 186495951, 1883922]),
 ])
 def test_the_order_of_an_epoch_stays_the_same_between_versions(n: int, images: list[int]) -> None:
-    """Frozen: a resumed run must see the documents that it would have seen, also after an upgrade of ours or numpy's."""
+    """Frozen: a run resumed after an upgrade, of this or of numpy, must see the documents that it would have seen."""
     assert Permutation(n, (1, "text", 0))(np.arange(len(images))).tolist() == images

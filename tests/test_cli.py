@@ -1,0 +1,117 @@
+"""The command line: every command has help, every mistake is one line, exit codes are a contract."""
+
+from pathlib import Path
+
+import pytest
+from conftest import RunCli
+
+from crystal_jax import cli
+from crystal_jax.config_file import load_config
+from crystal_jax.errors import FatalError, UserError
+
+
+def test_help_names_every_command(run_cli: RunCli) -> None:
+    result = run_cli("--help")
+    assert result.returncode == 0 and all(name in result.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    assert done.value.code == 0 and command in capsys.readouterr().out
+
+
+def test_only_the_asked_command_is_imported(run_cli: RunCli) -> None:
+    """`crystal-jax recipe` must not wait for JAX."""
+    import subprocess
+    import sys
+
+    code = ("import sys; from crystal_jax.cli import main; main(['recipe', 'show', '--config=configs/crystal_7b.py']); "
+            "sys.exit('jax' in sys.modules)")
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("x: 1 must be 2"), 1), (FatalError("step 3: not finite"), 4)])
+def test_errors_become_one_line_and_their_exit_code(
+        error: UserError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import crystal_jax.data.verify as verify
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(verify, "main", fail)
+    assert cli.main(["verify", "store"]) == code
+    assert capsys.readouterr().err == f"crystal-jax verify: {error}\n"
+
+
+def test_a_full_disk_is_one_line_and_other_system_errors_are_ours(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import errno
+
+    import crystal_jax.data.verify as verify
+
+    def fail(_: object) -> None:
+        raise OSError(number, "text", "some/file")
+
+    monkeypatch.setattr(verify, "main", fail)
+    number = errno.ENOSPC
+    assert cli.main(["verify", "store"]) == 1
+    assert "some/file: no space left" in capsys.readouterr().err
+    number = errno.EIO
+    with pytest.raises(OSError, match="text"):
+        cli.main(["verify", "store"])
+
+
+def test_a_reader_that_closes_our_output_is_no_error(run_cli: RunCli) -> None:
+    import subprocess
+    import sys
+
+    root = Path(__file__).parents[1]
+    script = f"{sys.executable} -m crystal_jax recipe show --config=configs/crystal_7b.py --calendar | head -1"
+    result = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert result.stdout.count("\n") == 1 and result.stderr == ""
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("def get_config():\n    return 5\n", "get_config() returned int, not a crystal_jax Config"),
+    ("def get_config():\n    raise ValueError('bad weather')\n", "bad weather"),
+    ("from crystal_jax.config import Config\ndef get_config():\n    return Config()\n", "config.phases: empty"),
+    ("from crystal_jax.config import Config\ndef get_config():\n    return Config(nmae='x')\n", "nmae"),
+])
+def test_a_bad_config_file_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(str(file))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_config_file_is_named() -> None:
+    with pytest.raises(UserError, match="--config=configs/crystal_8b.py: no such file"):
+        load_config("configs/crystal_8b.py")
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("--config.phases[1].mix.starcode=0.5", "starcode"),
+    ("--config.phases[7].steps=5", "phases[7]"),
+    ("--config.phases[0].steps=5.5", "phases[0].steps"),
+    ("--config.model.embed_dims=5", "did you mean embed_dim?"),
+    ("--config.training.mesh.datas=5", "did you mean data?"),
+    ("--config.modle.embed_dim=5", "modle"),
+    ("--config.model.embed_dim=100", "config.model.embed_dim: 100 must be a multiple of num_heads = 8"),
+])
+def test_a_wrong_override_is_one_line_that_names_it(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("configs/crystal_tiny.py", [override])
+    assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_overrides_and_variants_reach_their_field() -> None:
+    config = load_config("configs/crystal_tiny.py:60", [
+        "--config.phases[0].mix.text=0.5", "--config.phases[0].mix.code=0.5", "--config.training.remat=full",
+        "--config.phases[1].lr.peak=1e-3", "--config.phases[2].subset.text.first=0.25"])
+    assert config.phases[0].mix == {"text": 0.5, "code": 0.5} and config.training.remat == "full"
+    assert config.phases[1].lr.peak == 1e-3 and config.phases[2].subset["text"].first == 0.25
+    assert sum(phase.steps or 0 for phase in config.phases) == 60
