@@ -154,7 +154,7 @@ def _sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: ArrayLike, top
     kept_BV = jnp.where((before_BV < top_p) | (jnp.arange(logits_BV.shape[1]) == 0)[None, :], sorted_BV, -jnp.inf)
     drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
     drawn_B = jnp.take_along_axis(order_BV, drawn_B[:, None], axis=-1)[:, 0]
-    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1))
+    return jnp.where(jnp.greater(temperature, 0), drawn_B, jnp.argmax(logits_BV, axis=-1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
