@@ -17,8 +17,8 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/installed $(DEMO)/data/tokenizer.json  ## train the tiny recipe on Python's standard library
-	$(CRYSTAL) prepare --source=pystd-code --name=pystd-code --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data
-	$(CRYSTAL) prepare --source=pystd-text --name=pystd-text --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data
+	$(CRYSTAL) prepare --source=pystd-code --name=pystd-code --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data --heldout=0.05
+	$(CRYSTAL) prepare --source=pystd-text --name=pystd-text --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data --heldout=0.05
 	$(CRYSTAL) recipe show --config=configs/crystal_tiny.py
 	$(CRYSTAL) train --config=configs/crystal_tiny.py --config.data.root=$(DEMO)/data --run_dir=$(DEMO)/run
 	$(CRYSTAL) report --run_dir=$(DEMO)/run
@@ -31,7 +31,7 @@ demo: $(VENV)/installed $(DEMO)/data/tokenizer.json  ## train the tiny recipe on
 	@echo "Next:"
 	@echo "  $(CRYSTAL) generate --checkpoint=$(DEMO)/run --prompt='import os' --temperature=0.8 --num_samples=3"
 	@echo "  $(CRYSTAL) generate --checkpoint=$(DEMO)/run --prefix='def area(r):' --suffix='    return result'"
-	@echo "  $(CRYSTAL) train --config=configs/crystal_tiny.py:3000 --config.data.root=$(DEMO)/data --run_dir=$(DEMO)/longer"
+	@echo "  $(CRYSTAL) train --config=configs/crystal_tiny.py:10000 --config.data.root=$(DEMO)/data --run_dir=$(DEMO)/longer"
 
 $(DEMO)/data/tokenizer.json: | $(VENV)/installed
 	$(CRYSTAL) tokenizer train --input=pystd-code --input=pystd-text --vocab_size=4096 --output=$@

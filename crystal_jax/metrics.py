@@ -4,6 +4,7 @@ Append-only: after a resume, steps that were lost are written again, and the las
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
+
+
+# Where torch is installed, tensorboardX imports it, for 1.6 s, to accept its tensors; a None in sys.modules hides it.
+_HIDE_TORCH = "torch" not in sys.modules
+if _HIDE_TORCH:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto.event_pb2 import Event  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _HIDE_TORCH:
+    del sys.modules["torch"]
 
 
 class MetricsLog:

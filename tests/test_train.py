@@ -15,6 +15,7 @@ import pytest
 from conftest import OUTER_ENVIRONMENT, ROOT, RunCli
 from world import make_config, write_config
 
+from crystal_jax import cli
 from crystal_jax.checkpoint import load_weights
 from crystal_jax.history import read_metrics
 
@@ -199,21 +200,28 @@ def test_init_from_takes_weights_only(finished: Path, config_file: Path, run_cli
     (["--config.phases[1].lr.peak=0.5"], "config.phases[1].lr.peak was 0.008, is 0.5"),
     (["--config.data.tokenizer=none.json"], "none.json"),
     (["--config.sources.text.store=none"], "none"),
-    (["--config.training.mesh.fsdp=3"], "doesn't fit 1 devices"),
-    (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
+    (["--config.training.mesh.fsdp=3"], "doesn't fit 8 devices"),
+    (["--config.training.mesh.data=1", "--config.training.mesh.fsdp=8", "--config.phases[0].global_batch_size=12"],
+     "config.phases[0].global_batch_size: 12 doesn't divide into 8 equal parts (mesh axis data x fsdp); the nearest "
+     "that do are 8 and 16"),
 ])
 def test_a_wrong_argument_ends_before_anything_is_overwritten(
-        arguments: list[str], said: str, finished: Path, config_file: Path, run_cli: RunCli, cache: dict) -> None:
+        arguments: list[str], said: str, finished: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    result = run_cli("train", f"--config={config_file}", *arguments, f"--run_dir={finished}", env=cache)
-    assert result.returncode in (1, 2) and said in result.stderr and "Traceback" not in result.stderr, result.stderr
+    code = cli.main(["train", f"--config={config_file}", *arguments, f"--run_dir={finished}"])
+    error = capsys.readouterr().err
+    assert code == 1 and said in error and error.count("\n") == 1, error
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-def test_other_folders_are_refused(config_file: Path, run_cli: RunCli, cache: dict, tmp_path: Path) -> None:
+def test_unknown_arguments_and_other_folders_are_refused(
+        config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", f"--config={config_file}", f"--run_dir={tmp_path}", "--nonsense=1"])
+    assert "unrecognized arguments: --nonsense=1" in capsys.readouterr().err
     (tmp_path / "thesis.txt").write_text("years of work")
-    result = run_cli("train", f"--config={config_file}", f"--run_dir={tmp_path}", env=cache)
-    assert result.returncode == 1 and "not empty and no run's folder" in result.stderr
+    assert cli.main(["train", f"--config={config_file}", f"--run_dir={tmp_path}"]) == 1
+    assert "not empty and no run's folder" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
