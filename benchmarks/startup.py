@@ -33,8 +33,8 @@ def measure(code: str, cache: str | None) -> tuple[float, float]:
     report = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     setup = SETUP.format(here=str(HERE), root=str(HERE.parent))
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", setup + code + report], env=environment, capture_output=True, text=True,
-                          check=True)
+    command = [sys.executable, "-c", setup + code + report]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return cpu, int(done.stdout.split()[-1]) / 1024

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-
 # Where torch is installed, tensorboardX imports it, for 1.6 s, to accept its tensors; a None in sys.modules hides it.
 _HIDE_TORCH = "torch" not in sys.modules
 if _HIDE_TORCH:

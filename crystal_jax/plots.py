@@ -91,8 +91,11 @@ def draw_loss(axes: Axes, run: Run) -> None:
                   markersize=_size(len(rows), 5.5), markeredgecolor="white", markeredgewidth=0.7,
                   label=f"{domain}, held out", zorder=5, clip_on=False)
         axes.axhline(entropy, color=dark, linestyle=(0, (5, 3)), linewidth=1)
-        axes.annotate(f"unigram entropy of {domain}, {entropy:.2f}", (0.99, entropy), (0, 2.5), ha="right", color=dark,
-                      xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8.5)
+        # Labels of neighbouring lines would overlap: one lies above its line, the other below.
+        above = domain == "text"
+        axes.annotate(f"unigram entropy of {domain}, {entropy:.2f}", (0.99, entropy), (0, 2.5 if above else -2.5),
+                      ha="right", va="bottom" if above else "top", color=dark, fontsize=8.5,
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points")
         ceilings.append(entropy)
     _frame(axes, run, "Loss (nats per token)")
     if max(ceilings) > 0:

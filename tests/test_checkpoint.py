@@ -57,7 +57,8 @@ def test_a_state_comes_back_bit_for_bit_also_on_another_mesh(tmp_path: Path, sta
     kept = states(tmp_path)
     kept.save(5, state, position(5))
     kept.close()
-    for other in (mesh, sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sharding.make_mesh(MeshConfig(1, 8, 1))):
+    alone, spread = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sharding.make_mesh(MeshConfig(1, 8, 1))
+    for other in (mesh, alone, spread):
         found, where = states(tmp_path).restore(5, abstract(other))
         assert bits(found) == bits(state) and where == position(5)
         want = jax.tree.leaves(abstract(other))

@@ -89,7 +89,7 @@ def test_a_bad_config_file_is_one_line(text: str, said: str, tmp_path: Path) -> 
 
 
 def test_a_missing_config_file_is_named() -> None:
-    with pytest.raises(UserError, match="--config=configs/crystal_8b.py: no such file"):
+    with pytest.raises(UserError, match=r"--config=configs/crystal_8b\.py: no such file"):
         load_config("configs/crystal_8b.py")
 
 

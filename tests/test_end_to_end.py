@@ -1,4 +1,4 @@
-"""From a trained run to PyTorch and back, by the commands a user types: the same logits, the same text, the same bits."""
+"""From a trained run to PyTorch and back, by the commands a user types: the same logits, text and bits."""
 
 import json
 import subprocess
@@ -88,7 +88,8 @@ def test_exported_and_imported_again_every_bit_is_the_same(run: Path, run_cli: R
         imported = run_cli("convert", "import", f"--from={form}", f"--input={out}", f"--output={back}")
         assert imported.returncode == 0, imported.stderr
         found = load_weights(back)
-        same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), found.params, original.params)
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), found.params,
+                            original.params)
         assert all(jax.tree.leaves(same))
         assert found.model == original.model
 

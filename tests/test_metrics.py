@@ -96,7 +96,7 @@ def test_the_clock_reports_step_n_after_step_n_plus_1_and_at_phase_ends(plan: Pl
 def test_too_many_nonfinite_steps_in_a_row_end_the_run(plan: Plan) -> None:
     clock = Clock(TrainingConfig(skip_nonfinite=2), plan, Interval(SOURCES), lambda *_: None)
     pattern = [False, False, True, False, False, False]
-    with pytest.raises(FatalError, match="step 6: .* not finite for 3 updates in a row") as caught:
+    with pytest.raises(FatalError, match=r"step 6: .* not finite for 3 updates in a row") as caught:
         for done, finite in enumerate([*pattern, True], 1):
             clock.dispatched(done, metrics(1.0 if finite else float("inf"), finite))
     assert caught.value.exit_code == 4

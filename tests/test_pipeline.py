@@ -102,7 +102,8 @@ def test_without_fim_each_row_is_a_window_of_its_subset_each_once_an_epoch(confi
 
 def test_epochs_are_in_different_orders(batches: Batches) -> None:
     reading = batches.readings[1]["code"]
-    first, second = (batches.rows(reading, np.arange(reading.rows) - reading.cursor + e * reading.rows)[1] for e in (1, 2))
+    whole = np.arange(reading.rows) - reading.cursor
+    first, second = (batches.rows(reading, whole + epoch * reading.rows)[1] for epoch in (1, 2))
     assert sorted(first) == sorted(second) and not np.array_equal(first, second)
 
 
@@ -196,12 +197,12 @@ def test_data_that_do_not_fit_are_refused_in_one_line(config: Config, change, sa
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_store_of_another_tokenizer_is_refused_by_both_fingerprints(config: Config, world: Path, tmp_path: Path) -> None:
+def test_a_store_of_another_tokenizer_is_refused_by_both_fingerprints(config: Config, tmp_path: Path) -> None:
     from crystal_jax.data.tokenizer import train_tokenizer
 
     train_tokenizer(["other words entirely"] * 5, 380).save(str(tmp_path / "other.json"))
     changed = broken(config, lambda c: setattr(c.data, "tokenizer", str(tmp_path / "other.json")))
-    with pytest.raises(UserError, match="made by tokenizer .* set config.data.tokenizer"):
+    with pytest.raises(UserError, match=r"made by tokenizer .* set config.data.tokenizer"):
         Stores(changed)
 
 

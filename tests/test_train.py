@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(config_file: Path, run_cli: RunCli, cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config_file: Path, run_cli: RunCli, cache: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     result = run_cli("train", f"--config={config_file}", f"--run_dir={run_dir}", env=cache)
@@ -225,7 +225,8 @@ def test_unknown_arguments_and_other_folders_are_refused(
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_damaged_state_is_named(finished: Path, config_file: Path, run_cli: RunCli, cache: dict, tmp_path: Path) -> None:
+def test_a_damaged_state_is_named(
+        finished: Path, config_file: Path, run_cli: RunCli, cache: dict, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     metadata = tmp_path / "run" / "checkpoints" / "18" / "params" / "_METADATA"
     metadata.write_text(metadata.read_text().replace("gate_bias", "gate_bios"))

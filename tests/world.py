@@ -6,7 +6,16 @@ import random
 from pathlib import Path
 
 from crystal_jax.config import (
-    CheckpointConfig, Config, DataConfig, LearningRate, ModelConfig, Phase, Source, Subset, TrainingConfig, validate,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LearningRate,
+    ModelConfig,
+    Phase,
+    Source,
+    Subset,
+    TrainingConfig,
+    validate,
 )
 from crystal_jax.data.prepare import prepare
 from crystal_jax.data.readers import SourceSpec
