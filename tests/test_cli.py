@@ -100,7 +100,7 @@ def test_a_missing_config_file_is_named() -> None:
     ("--config.model.embed_dims=5", "did you mean embed_dim?"),
     ("--config.training.mesh.datas=5", "did you mean data?"),
     ("--config.modle.embed_dim=5", "modle"),
-    ("--config.model.embed_dim=100", "config.model.embed_dim: 100 must be a multiple of num_heads = 8"),
+    ("--config.model.embed_dim=102", "config.model.embed_dim: 102 must be a multiple of num_heads = 4"),
 ])
 def test_a_wrong_override_is_one_line_that_names_it(override: str, said: str) -> None:
     with pytest.raises(UserError) as caught:

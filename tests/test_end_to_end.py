@@ -22,7 +22,7 @@ import numpy as np, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt, tokens, logits = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]])
 with torch.no_grad():
     np.save(logits, model(torch.tensor(np.load(tokens)).long()).logits.float().numpy())

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from world import tiny_600
 
 from crystal_jax.config import to_dict, validate
 from crystal_jax.errors import UserError
 from crystal_jax.history import load_run, read_metrics
-
-from configs import crystal_tiny
 
 
 def start(step: int = 0) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def test_what_counts_is_a_run_without_interruptions(
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    config = to_dict(validate(crystal_tiny.get_config())) | {"versions": {"jax": "0.10.2"}}
+    config = to_dict(validate(tiny_600())) | {"versions": {"jax": "0.10.2"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     write(tmp_path / "metrics.jsonl", [])
     return tmp_path

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from world import tiny_600
 
 from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, Source, validate
 from crystal_jax.errors import UserError
@@ -204,7 +205,7 @@ def test_the_calendar_keeps_each_nth_and_the_last(config: Config) -> None:
 
 @pytest.mark.parametrize("step", [-1, 601, 10**9])
 def test_a_step_outside_the_run_is_refused(step: int) -> None:
-    plan = make_plan(crystal_tiny.get_config())
+    plan = make_plan(tiny_600())
     for call in (plan.at, plan.done, plan.learning_rate):
         with pytest.raises(UserError, match=f"step {step}: the run goes from step 0 to 600"):
             call(step)
@@ -250,7 +251,7 @@ def test_scaling_leaves_the_original_alone() -> None:
 
 def test_the_demo_has_the_recipes_phases() -> None:
     """600 steps, about a million tokens, the FIM rates and code shares of the original."""
-    config = validate(crystal_tiny.get_config())
+    config = validate(tiny_600())
     plan = make_plan(config)
     assert [placed.steps for placed in plan.phases] == [148, 400, 52]
     assert plan.tokens(600) == 1_228_800
@@ -264,3 +265,5 @@ def test_the_configs_know_their_variants() -> None:
     with pytest.raises(UserError, match="the variants are published, original"):
         crystal_7b.get_config("orignal")
     assert make_plan(crystal_tiny.get_config("60")).total_steps == 60
+    demo = make_plan(validate(crystal_tiny.get_config()))
+    assert (demo.total_steps, demo.tokens(1900)) == (1900, 1_945_600)

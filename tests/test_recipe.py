@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from world import tiny_600
 
 from crystal_jax import recipe
 from crystal_jax.config import Config, DataConfig, ModelConfig, Phase, Source, Subset, digest, validate
@@ -14,7 +15,7 @@ from crystal_jax.data.store import ShardWriter
 from crystal_jax.errors import UserError
 from crystal_jax.phases import make_plan
 
-from configs import crystal_7b, crystal_tiny
+from configs import crystal_7b
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [crystal_7b.get_config(), crystal_7b.get_config("original"), crystal_tiny.get_config()],
+    "config", [crystal_7b.get_config(), crystal_7b.get_config("original"), tiny_600()],
     ids=["7b", "7b original", "tiny"])
 @pytest.mark.parametrize("calendar", [False, True])
 def test_the_text_is_aligned_and_100_columns_wide(config: Config, calendar: bool) -> None:
@@ -181,7 +182,7 @@ def test_the_text_names_the_published_numbers(published: dict[str, Any]) -> None
 
 
 def test_long_names_of_sources_keep_the_columns() -> None:
-    config = crystal_tiny.get_config()
+    config = tiny_600()
     config.sources["a-source-with-a-long-name"] = config.sources.pop("text")
     for phase in config.phases:
         phase.mix["a-source-with-a-long-name"] = phase.mix.pop("text")
@@ -211,7 +212,7 @@ def test_human_numbers_have_three_digits(number: float, unit: str, text: str) ->
     (600, "phase3", 52, ("phase3", 52, None)),
 ])
 def test_any_step_of_the_run(step: int, phase: str, phase_step: int, following: tuple[str, int, float | None]) -> None:
-    config = validate(crystal_tiny.get_config())
+    config = validate(tiny_600())
     plan = make_plan(config)
     point = recipe.describe_step(config, step)
     assert (point["phase"], point["phase_step"], point["tokens"]) == (phase, phase_step, plan.tokens(step))
@@ -223,7 +224,7 @@ def test_any_step_of_the_run(step: int, phase: str, phase_step: int, following: 
 
 def test_tokens_per_source_follow_the_schedule_of_the_data() -> None:
     """After phase 1 and one step of phase 2, as the positions of the data say."""
-    config = validate(crystal_tiny.get_config())
+    config = validate(tiny_600())
     phase1, phase2, _ = make_plan(config).phases
     order = Interleave.make(phase2.quotas)
     expected = {name: phase1.quotas[name] + order.counts(8)[name] for name in config.sources}
@@ -233,11 +234,11 @@ def test_tokens_per_source_follow_the_schedule_of_the_data() -> None:
 
 def test_a_step_beyond_the_run_is_refused() -> None:
     with pytest.raises(UserError, match="step 601: the run goes from step 0 to 600"):
-        recipe.describe_step(crystal_tiny.get_config(), 601)
+        recipe.describe_step(tiny_600(), 601)
 
 
 def test_the_command_prints_what_the_functions_return(capsys: pytest.CaptureFixture[str]) -> None:
-    config = validate(crystal_tiny.get_config())
+    config = validate(tiny_600())
     show(config)
     assert capsys.readouterr().out == recipe.render(recipe.describe(config)) + "\n"
     show(config, "--json")
@@ -261,6 +262,6 @@ def test_the_real_command(run_cli) -> None:
     assert len(json.loads(done.stdout)["checkpoints"]) == 225
     done = run_cli("recipe", "show", "--config=configs/crystal_tiny.py", "--config.phases[1].spm_rate=0.25")
     assert "90%  25%" in done.stdout
-    done = run_cli("recipe", "show", "--config=configs/crystal_tiny.py", "--step=9999")
+    done = run_cli("recipe", "show", "--config=configs/crystal_tiny.py:600", "--step=9999")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.strip() == "crystal-jax recipe: step 9999: the run goes from step 0 to 600"

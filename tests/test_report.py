@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from world import tiny_600
 
 from crystal_jax import report
 from crystal_jax.config import Config, to_dict, validate
@@ -19,7 +20,7 @@ from crystal_jax.history import load_run
 from crystal_jax.phases import Plan, make_plan
 from crystal_jax.plots import FAMILIES, draw_all, source_colours
 
-from configs import crystal_7b, crystal_tiny
+from configs import crystal_7b
 
 PICTURES = {"report.png", "loss.png", "mixture.png", "learning_rate.png", "gradient_norm.png", "throughput.png"}
 UNIGRAM = {"text": 6.31, "code": 5.72}
@@ -130,7 +131,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def tiny() -> Config:
-    return validate(crystal_tiny.get_config())
+    return validate(tiny_600())
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_many_sources_keep_the_colours_of_their_domain(tmp_path: Path) -> None:
 
 
 def test_names_of_a_run_are_escaped(tiny: Config, tmp_path: Path) -> None:
-    config = validate(crystal_tiny.get_config())
+    config = validate(tiny_600())
     config.name = "<b>&\"quoted\"</b>"
     found = Page(report.write_report(write_run(tmp_path / "run", config, [START])).read_text(encoding="utf-8"))
     assert found.texts[1] == config.name

@@ -21,8 +21,18 @@ from crystal_jax.data.prepare import prepare
 from crystal_jax.data.readers import SourceSpec
 from crystal_jax.data.tokenizer import train_tokenizer
 
+from configs import crystal_tiny
+
 WORDS = ("the", "crystal", "grows", "in", "phases", "of", "light", "and", "code", "naïve", "café", "日本", "under")
 NAMES = ("x", "y", "total", "item", "row", "value", "result")
+
+
+def tiny_600() -> Config:
+    """The demo's recipe over 600 steps of 8 sequences: 1,228,800 tokens in phases of 148, 400 and 52 steps."""
+    config = crystal_tiny.get_config("600")
+    for phase in config.phases:
+        phase.global_batch_size = 8
+    return config
 
 
 def text(rng: random.Random) -> str:
