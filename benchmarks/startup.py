@@ -20,7 +20,7 @@ STEP = ("import numpy as np; t = np.random.default_rng(0).integers(0, ts.VOCAB, 
         ".astype(np.int32); run(t)")
 PROGRAMS = {
     "ours, imports": "import crystal_jax.train",
-    "ours, first step": "import crystal_jax.train, train_step as ts; run = ts.ours('float32', 'none', 4); " + STEP,
+    "ours, first step": "import crystal_jax.train, train_step as ts; run = ts.ours('float32', 'full', 1); " + STEP,
     "plain, first step": "import train_step as ts; run = ts.the_plain('float32', True); " + STEP,
 }
 

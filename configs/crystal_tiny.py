@@ -35,7 +35,6 @@ def get_config(steps: str = "1900") -> Config:
     )
     config.data = DataConfig(root="demo/data", tokenizer="tokenizer.json", sequence_length=256)
     # A CPU emulates bfloat16: float32 is a fifth faster there.
-    config.training = TrainingConfig(dtype="float32", remat="none", unroll=4, log_every=20, eval_every=200,
-                                     eval_sequences=64)
+    config.training = TrainingConfig(dtype="float32", log_every=20, eval_every=200, eval_sequences=64)
     config.checkpoints = CheckpointConfig(every_steps=200, keep_last=3)
     return config

@@ -172,7 +172,7 @@ USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)
 ```
 
 Transformers 4 loads the weights in float32 unless from_pretrained is given `torch_dtype="auto"`."""
