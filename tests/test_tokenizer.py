@@ -197,7 +197,7 @@ def test_rows_of_a_trained_tokenizer(trained: Tokenizer) -> None:
 
 def test_pieces_of_a_trained_tokenizer(trained: Tokenizer) -> None:
     learned = [piece for piece, index in json.loads(trained.path.read_text())["model"]["vocab"].items() if index > 258]
-    assert SPACE in learned and f"{SPACE}return" in learned
+    assert SPACE in learned and any(len(piece) > 4 and piece.startswith(SPACE) for piece in learned)
     for piece in learned:
         assert not any(char.isspace() for char in piece), repr(piece)
         assert SPACE not in piece.lstrip(SPACE), piece
