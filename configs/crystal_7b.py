@@ -4,7 +4,7 @@ Source: the parameter files and the paper that LLM360 released with CrystalCoder
 keeps the 225 checkpoints that the original configuration saved; the default keeps the 136 that were published.
 
     crystal-jax recipe show --config=configs/crystal_7b.py
-    crystal-jax train --config=configs/crystal_7b.py --config.data.root=gs://BUCKET/stores --run_dir=gs://BUCKET/runs/7b
+    crystal-jax train --config=configs/crystal_7b.py --config.data.root=STORES --run_dir=runs/7b
 """
 
 from crystal_jax.config import Config, DataConfig, LearningRate, ModelConfig, Phase, Source, Subset

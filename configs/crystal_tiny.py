@@ -8,6 +8,7 @@ minutes. Another length: `configs/crystal_tiny.py:6000` takes 6,000 steps.
 """
 
 from crystal_jax.config import CheckpointConfig, Config, DataConfig, ModelConfig, Source, TrainingConfig
+from crystal_jax.errors import UserError
 from crystal_jax.phases import Scale, scaled
 
 from configs import crystal_7b
@@ -17,6 +18,8 @@ CODE = ("Github", "StarCoder", *crystal_7b.LANGUAGES)
 
 
 def get_config(steps: str = "1900") -> Config:
+    if not steps.isdecimal():
+        raise UserError(f"configs/crystal_tiny.py:{steps}: the variant is a number of steps, such as 6000")
     config = scaled(
         crystal_7b.get_config(),
         Scale(

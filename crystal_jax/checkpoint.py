@@ -5,9 +5,12 @@ in half precision under its phase's name, written once, read back before it coun
 checkpoint, manifest.json, then the rolling state of the same step, so that a kill at any moment leaves no hole.
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from crystal_jax.config import CheckpointConfig, ModelConfig, from_dict, to_dict
+from crystal_jax.config import CheckpointConfig, ModelConfig, check_local, from_dict, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params, map_specs
 
@@ -85,26 +88,17 @@ class RollingStates:
         Raises:
           UserError: a leaf that is missing, left over or of another shape or dtype, by its path; damaged files.
         """
-        try:
-            return self._restore(step, abstract)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise a dozen types for damaged files
-            first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.folder}/{step}: damaged ({first}); move this folder away, and the run goes on from "
-                            "the state before it") from error
-
-    def _restore(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        kept = self._manager.item_metadata(step)
-        for item in self.ITEMS:
-            check_tree(f"{self.folder}/{step}/{item}", kept[item].tree if kept[item] else {}, abstract[item])
-        args = {
-            item: ocp.args.PyTreeRestore(
-                abstract[item], restore_args=ocp.checkpoint_utils.construct_restore_args(abstract[item]))
-            for item in self.ITEMS
-        }
-        found = self._manager.restore(step, args=ocp.args.Composite(**args, position=ocp.args.JsonRestore()))
-        return {item: found[item] for item in self.ITEMS}, found["position"]
+        with _damage(self.folder / str(step), "move this folder away, and the run goes on from the state before it"):
+            kept = self._manager.item_metadata(step)
+            for item in self.ITEMS:
+                check_tree(f"{self.folder}/{step}/{item}", kept[item].tree if kept[item] else {}, abstract[item])
+            args = {
+                item: ocp.args.PyTreeRestore(
+                    abstract[item], restore_args=ocp.checkpoint_utils.construct_restore_args(abstract[item]))
+                for item in self.ITEMS
+            }
+            found = self._manager.restore(step, args=ocp.args.Composite(**args, position=ocp.args.JsonRestore()))
+            return {item: found[item] for item in self.ITEMS}, found["position"]
 
     def close(self) -> None:
         """Waits for the last save."""
@@ -114,20 +108,28 @@ class RollingStates:
         self._manager.close()
 
 
-class _disk:
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
     """Turns a full disk, also in a background save, into one line."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        text = str(error)
-        if error is not None and any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "ENOSPC")):
-            raise UserError(f"{self.folder}: no space left on the device; the states saved before are whole: free some "
+    try:
+        yield
+    except Exception as error:
+        if any(sign in str(error) for sign in ("No space left", "RESOURCE_EXHAUSTED", "ENOSPC")):
+            raise UserError(f"{folder}: no space left on the device; the states saved before are whole: free some "
                             "space and give the same command again") from error
+        raise
+
+
+@contextmanager
+def _damage(folder: Path, way_out: str) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise for damaged files, a dozen types, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{folder}: missing or damaged files ({lines[0][:300]}); {way_out}") from error
 
 
 def check_tree(path: str, found: Any, expected: Any) -> None:
@@ -201,6 +203,7 @@ def load_weights(path: str | Path) -> Weights:
     Raises:
       UserError: a folder that is none of these, a newer format, or weights that don't fit its model.
     """
+    check_local("--checkpoint", path)
     folder = Path(path)
     if (folder / INFO).exists():
         info = read_json(folder / INFO)
@@ -212,8 +215,9 @@ def load_weights(path: str | Path) -> Weights:
         folder = _rolling(folder)
         info = read_json(folder / "position" / "metadata")
         tokenizer, weights = folder.parent.parent / "tokenizer.json", folder / "params"
-    model = from_dict(ModelConfig, info.pop("model"), f"{folder}: model")
-    params = _restore_numpy(weights.absolute())
+    model = from_dict(ModelConfig, info.pop("model", None), f"{folder}: model")
+    with _damage(weights, "take another checkpoint"):
+        params = _restore_numpy(weights.absolute())
     dtype = jax.tree.leaves(params)[0].dtype
     check_tree(str(weights), params,
                map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), Crystal(model).specs()))
@@ -224,11 +228,24 @@ def _rolling(folder: Path) -> Path:
     """The state's folder in a run, or the folder itself if it is one."""
     if (folder / "position" / "metadata").exists():
         return folder
-    steps = [int(entry.name) for entry in folder.glob("checkpoints/*") if entry.name.isdigit()]
-    if not steps:
+    newest = newest_state(folder)
+    if newest is None:
         raise UserError(f"{folder}: neither a run with a saved state, nor RUN/checkpoints/STEP, nor a permanent "
                         f"checkpoint (a folder with {INFO})")
-    return folder / "checkpoints" / str(max(steps))
+    return folder / "checkpoints" / str(newest)
+
+
+def newest_state(run_dir: Path) -> int | None:
+    """Step of a run's newest rolling state; one that is still being written has another kind of name."""
+    return max((int(entry.name) for entry in run_dir.glob("checkpoints/*") if entry.name.isdigit()), default=None)
+
+
+def fingerprint(params: Params) -> str:
+    """Of all bits of weights on the host."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
 
 
 class Calendar:

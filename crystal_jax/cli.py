@@ -9,9 +9,15 @@ import errno
 import importlib
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from crystal_jax.errors import UserError
+
+OURS = 70
+"""Exit code of an error that isn't the user's: a restart may help."""
+INTERRUPTED = 130
 
 COMMANDS = {
     "prepare": ("crystal_jax.data.prepare", "raw documents to a token store"),
@@ -26,45 +32,60 @@ COMMANDS = {
 }
 
 
-def _without_closed_loops(event: "sys.UnraisableHookArgs") -> None:
-    """After an error, TensorStore's other reads and writes complain that Orbax's event loop is gone."""
-    if "Event loop is closed" not in str(event.exc_value):
-        sys.__unraisablehook__(event)
+class Parser(argparse.ArgumentParser):
+    """Its mistakes are the user's: one line and exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="crystal-jax", description="Pretrain language-and-code models in phases.",
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        if argv and argv[0] == name:
-            importlib.import_module(module).add_arguments(command)
-    args, rest = parser.parse_known_args(argv)
-    overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
-    if unknown := [arg for arg in rest if arg not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
     # Orbax logs there what it also raises, and warns of metadata that no one needs.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops
     try:
-        if isinstance(getattr(args, "config", None), str):
-            from crystal_jax.config_file import load_config
-
-            args.config = load_config(args.config, overrides)
-        return importlib.import_module(COMMANDS[args.command][0]).main(args) or 0
+        return _run(argv, name)
     except UserError as error:
-        print(f"crystal-jax {args.command}: {error}", file=sys.stderr)
+        print(f"crystal-jax {name}: {error}".replace(" :", ":", 1), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # `crystal-jax ... | head` closed our output: nothing is left to say.
         sys.stderr.close()
         return 0
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"crystal-jax {args.command}: {error.filename or 'the output'}: no space left on the device; what was "
-              "finished is whole: free some space and give the same command again", file=sys.stderr)
-        return UserError.exit_code
+    except KeyboardInterrupt:
+        print(f"crystal-jax {name}: interrupted; the same command goes on where it was", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"crystal-jax {name}: {error.filename or 'the output'}: no space left on the device; what was "
+                  "finished is whole: free some space and give the same command again", file=sys.stderr)
+            return UserError.exit_code
+        traceback.print_exc()
+        return OURS
+
+
+def _run(argv: list[str], name: str) -> int:
+    parser = Parser(prog="crystal-jax", description="Pretrain language-and-code models in phases.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for known, (module, about) in COMMANDS.items():
+        command = commands.add_parser(known, help=about, description=about, allow_abbrev=False)
+        if known == name:
+            importlib.import_module(module).add_arguments(command)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
+    if unknown := [arg for arg in rest if arg not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if isinstance(getattr(args, "config", None), str):
+        from crystal_jax.config_file import load_config
+
+        args.config = load_config(args.config, overrides)
+    return importlib.import_module(COMMANDS[name][0]).main(args) or 0
+
+
+def _without_closed_loops(event: "sys.UnraisableHookArgs") -> None:
+    """After an error, TensorStore's other reads and writes complain that Orbax's event loop is gone."""
+    if "Event loop is closed" not in str(event.exc_value):
+        sys.__unraisablehook__(event)

@@ -266,7 +266,11 @@ def validate(config: Config) -> Config:
 
 
 def _check_types(value: Any, path: str) -> None:
-    for name, hint in typing.get_type_hints(type(value)).items():
+    hints = typing.get_type_hints(type(value))
+    for name in vars(value):
+        if name not in hints:
+            raise UserError(f"{path}.{name}: unknown field{nearest(name, hints)}")
+    for name, hint in hints.items():
         _check_type(getattr(value, name), hint, f"{path}.{name}")
 
 
@@ -337,7 +341,7 @@ def _check_phase(phase: Phase, config: Config, path: str) -> None:
         for name in rates:
             if name not in phase.mix:
                 raise UserError(f"{path}.{owner}.{name}: not in the phase's mix{nearest(name, phase.mix)}")
-    for name, rate in [*phase.fim_rate.items()]:
+    for name, rate in phase.fim_rate.items():
         _require(0 <= rate <= 1, f"{path}.fim_rate.{name}", rate, "from 0 to 1")
     _require(0 <= phase.spm_rate <= 1, f"{path}.spm_rate", phase.spm_rate, "from 0 to 1")
     for name, epochs in phase.epochs.items():
@@ -363,9 +367,19 @@ def _check_mix(phase: Phase, config: Config, path: str) -> None:
                         f"by {1 - total:+.9g}")
 
 
+def check_local(path: str, value: Any) -> None:
+    """Refuses an address: everything is read and written through the local file system.
+
+    Raises:
+      UserError: `value` names another kind of storage.
+    """
+    _require("://" not in str(value), path, str(value), "a local folder; mount the bucket, or copy it here")
+
+
 def _check_rest(config: Config) -> None:
+    check_local("config.data.root", config.data.root)
     training, optimizer, checkpoints = config.training, config.optimizer, config.checkpoints
-    _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32", "float64"))
+    _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32"))
     _one_of("config.training.remat", training.remat, ("full", "none"))
     _one_of("config.data.fim_mode", config.data.fim_mode, ("local", "crystal", "none"))
     _one_of("config.checkpoints.export_dtype", checkpoints.export_dtype, ("bfloat16", "float32"))

@@ -1,24 +1,38 @@
 """Reading configs/*.py with overrides from the command line: `--config=FILE[:VARIANT] --config.a.b=VALUE`."""
 
 import dataclasses
+import re
 import sys
+import types
+import typing
 import warnings
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import config_path
 
-from crystal_jax import config
 from crystal_jax.config import Config, nearest, validate
 from crystal_jax.errors import UserError
+
+RULES = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
     """The validated Config that `get_config` of the file returns, with overrides such as `--config.model.num_layers=2`.
 
     Raises:
-      UserError: a missing file, an unknown field (with the nearest name), a value of the wrong type, a broken rule.
+      UserError: a missing or faulty file, an unknown field (with the nearest name), a value of the wrong type, a
+        broken rule.
     """
+    config = _from_file(path)
+    for override in overrides or []:
+        _apply(config, override)
+    return validate(config)
+
+
+def _from_file(path: str) -> Config:
     file = Path(path.split(":", 1)[0])
     if not file.is_file():
         raise UserError(f"--config={path}: no such file")
@@ -26,38 +40,75 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
     root = str(file.resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    argv = ["crystal-jax", f"--config={path}", *(overrides or [])]
+    argv = ["crystal-jax", f"--config={path}"]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=False)
     try:
         with warnings.catch_warnings():
             # ml_collections 1.1.0 still loads the file by a call that Python 3.12 deprecates.
             warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
-            left = values(argv)
-    except (KeyError, IndexError) as error:
-        raise UserError(f"{_culprit(error, argv)}: {_explain(error)}") from error
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(_last_line(error)) from error
-    assert left == argv[:1], "absl takes every --config override"
+            values(argv)
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program of the user's: it may raise anything
+        # absl wraps the file's error in its traceback, of which the last line says what is wrong.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"--config={path}: {type(error).__name__}: {lines[-1]}") from error
     if not isinstance(holder.value, Config):
         raise UserError(f"{path}: get_config() returned {type(holder.value).__name__}, not a crystal_jax Config")
-    return validate(holder.value)
+    return holder.value
 
 
-def _culprit(error: Exception, argv: list[str]) -> str:
-    key = str(error.args[0]).split(" ")[1] if "not found on dataclass" in str(error.args[0]) else str(error.args[0])
-    named = [arg for arg in argv[2:] if key in arg.split("=")[0]]
-    return (named or argv[2:] or argv[1:])[0]
+def _apply(config: Config, override: str) -> None:
+    """Sets one field; `--config.phases[1].mix.code=0.5` also adds an entry to a dict, `=None` unsets an optional."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override}: give a value, as in {override}=VALUE")
+    keys = re.findall(r"[^.\[\]]+", name.removeprefix("--config."))
+    holder: Any = config
+    hint: Any = Config
+    for depth, key in enumerate(keys):
+        hint, value, key = _member(holder, hint, key, name)
+        if depth < len(keys) - 1:
+            holder = value
+        elif isinstance(holder, dict):
+            holder[key] = _parse(hint, text, override)
+        else:
+            config_path.set_value(str(key), holder, _parse(hint, text, override))
 
 
-def _explain(error: Exception) -> str:
-    message = str(error.args[0])
-    if "not found on dataclass" not in message:
-        return f"no such entry ({message})"
-    field, owner = message.split(" ")[1], message.rsplit(".", 1)[-1].rstrip("'>")
-    return f"no field {field}{nearest(field, [known.name for known in dataclasses.fields(getattr(config, owner))])}"
+def _member(holder: Any, hint: Any, key: str, name: str) -> tuple[Any, Any, Any]:
+    """(type, value or None, key) of an entry of a dataclass, dict or list that is declared as `hint`."""
+    if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
+        hints = typing.get_type_hints(type(holder))
+        if key not in hints:
+            raise UserError(f"{name}: no field {key}{nearest(key, hints)}")
+        return hints[key], getattr(holder, key), key
+    if isinstance(holder, list):
+        if not key.isdecimal() or int(key) >= len(holder):
+            raise UserError(f"{name}: no entry {key}; there are {len(holder)}, from 0 to {len(holder) - 1}")
+        return typing.get_args(hint)[0], holder[int(key)], int(key)
+    if isinstance(holder, dict):
+        # An unknown key is added; `validate` compares it with the names that it must be one of.
+        return typing.get_args(hint)[1], holder.get(key), key
+    raise UserError(f"{name}: nothing lies below a {type(holder).__name__}")
 
 
-def _last_line(error: Exception) -> str:
-    """absl wraps a config file's error in its traceback; its last line is what the user needs."""
-    return str(error).strip().splitlines()[-1]
+def _parse(hint: Any, text: str, override: str) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if text == "None":
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if hint is str:
+        return text
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    if hint not in RULES:
+        raise UserError(f"{override}: a whole {getattr(hint, '__name__', hint)} can't be set here; set its fields one "
+                        "by one, or in the config file")
+    raise UserError(f"{override}: must be {RULES[hint]}")

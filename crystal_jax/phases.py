@@ -162,6 +162,8 @@ class Scale:
 def scaled(config: Config, scale: Scale, model: ModelConfig, name: str) -> Config:
     """The same recipe on another scale: shares, FIM rates, subsets and the shape of each schedule are the same."""
     original = make_plan(config)
+    if scale.steps < len(original.phases):
+        raise UserError(f"{name}: {scale.steps} steps are fewer than the {len(original.phases)} phases")
     result = copy.deepcopy(config)
     result.name, result.model = name, model
     result.data.sequence_length = scale.sequence_length
@@ -182,7 +184,7 @@ def scaled(config: Config, scale: Scale, model: ModelConfig, name: str) -> Confi
 
 
 def _merge_sources(phase: Phase, members: dict[str, tuple[str, ...]]) -> None:
-    """Sums the shares of merged sources; each takes the FIM rate and the subset of its heaviest member that has one."""
+    """Sums the shares of merged sources; each takes its members' highest FIM rate, and its heaviest member's subset."""
     old = copy.deepcopy(phase)
     merged = {key: [name for name in names if name in old.mix] for key, names in members.items()}
     merged = {key: sorted(names, key=lambda name: -old.mix[name]) for key, names in merged.items() if names}

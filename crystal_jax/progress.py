@@ -1,4 +1,4 @@
-"""What a person sees and hears of a running training: signals, the clock, the bar."""
+"""A running training and its surroundings: signals, the clock that judges each step's metrics, the progress bar."""
 
 import signal
 import sys
@@ -48,6 +48,9 @@ class Clock:
         self.config, self.plan, self.interval, self.report = config, plan, interval, report
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.since = time.perf_counter()
+        self.untimed = 0
+        """Steps of the interval that aren't in its seconds: up to the first here, which waited for the compiler."""
+        self.started = False
         self.nonfinite = 0
 
     def dispatched(self, done: int, metrics: dict[str, jax.Array]) -> None:
@@ -70,6 +73,9 @@ class Clock:
     def _take(self, done: int, metrics: dict[str, jax.Array]) -> None:
         found = jax.device_get(metrics)
         self.interval.add(found)
+        if not self.started:
+            self.started, self.untimed = True, self.interval.steps
+            self.interval.seconds, self.since = 0.0, time.perf_counter()
         self.nonfinite = 0 if found["finite"] else self.nonfinite + 1
         if self.nonfinite > self.config.skip_nonfinite:
             raise FatalError(f"step {done}: loss {found['loss']}, gradient norm {found['grad_norm']}: not finite for "
@@ -78,11 +84,11 @@ class Clock:
         placed, _ = self.plan.done(done)
         if done % self.config.log_every == 0 or done == placed.end:
             now = time.perf_counter()
-            seconds = self.interval.seconds + now - self.since
-            tokens = self.interval.steps * placed.phase.global_batch_size * self.plan.sequence_length
-            self.report(done, {**self.interval.record(), "step_seconds": seconds / self.interval.steps,
-                               "tokens_per_second": tokens / seconds})
-            self.interval, self.since = Interval(self.interval.sources), now
+            step_seconds = (self.interval.seconds + now - self.since) / max(1, self.interval.steps - self.untimed)
+            tokens = placed.phase.global_batch_size * self.plan.sequence_length
+            self.report(done, {**self.interval.record(), "step_seconds": step_seconds,
+                               "tokens_per_second": tokens / step_seconds})
+            self.interval, self.since, self.untimed = Interval(self.interval.sources), now, 0
 
 
 class Progress:

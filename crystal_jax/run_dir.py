@@ -10,58 +10,77 @@ import numpy as np
 import optax
 
 from crystal_jax import __version__
-from crystal_jax.checkpoint import read_json, write_json
-from crystal_jax.config import Config, digest, to_dict
+from crystal_jax.checkpoint import newest_state, read_json, write_json
+from crystal_jax.config import Config, check_local, digest, to_dict
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import UserError
 
 
-def claim(run_dir: Path, config: Config, stores: Stores) -> str:
-    """Writes config.json and plan.json into a new run's folder, or checks that they are this plan's; its hash."""
-    plan = results_depend_on(config, stores)
-    plan_hash = digest(plan)
+def check(run_dir: Path, plan: dict[str, Any]) -> str:
+    """The hash of `plan`, once `run_dir` is a folder that may be begun or continued with it. Writes nothing.
+
+    Where a state is saved, what the run began from is in it: `init_from` is taken from the folder then.
+
+    Raises:
+      UserError: a folder of something else, or of another plan: the fields that differ.
+    """
+    check_local("--run_dir", run_dir)
     path = run_dir / "plan.json"
-    if path.exists():
-        known = read_json(path)
-        if known["hash"] != plan_hash:
-            changes = differences(known["plan"], plan)
-            raise UserError(f"{run_dir}: its plan differs: {'; '.join(changes[:3])}"
-                            f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; undo the change, or start "
-                            "a new run in another --run_dir")
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir}: not empty and no run's folder (it has no plan.json); name a new one")
-    else:
+    if not path.exists():
+        # A kill may have left the first files of a run that was just being begun.
+        strangers = [entry.name for entry in run_dir.iterdir()
+                     if entry.name != "tokenizer.json" and not entry.name.startswith(".")] if run_dir.is_dir() else []
+        if strangers or (run_dir.exists() and not run_dir.is_dir()):
+            raise UserError(f"{run_dir}: not empty and no run's folder (it has no plan.json); name a new one")
+        return digest(plan)
+    known = read_json(path)
+    if not isinstance(known, dict) or not isinstance(known.get("plan"), dict):
+        raise UserError(f"{path}: damaged: no plan in it; put back the run's own file, or start a new run elsewhere")
+    if newest_state(run_dir) is not None:
+        plan = {**plan, "init_from": known["plan"].get("init_from")}
+    if changes := differences(known["plan"], plan):
+        raise UserError(f"{run_dir}: its plan differs: {'; '.join(changes[:3])}"
+                        f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; undo the change, or start a "
+                        "new run in another --run_dir")
+    return digest(plan)
+
+
+def begin(run_dir: Path, plan: dict[str, Any], config: Config, tokenizer: Path) -> None:
+    """Writes a new run's plan.json and tokenizer.json, and what this command runs with."""
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(stores.tokenizer.path, run_dir / "tokenizer.json")
-        write_json(path, {"hash": plan_hash, "plan": plan})
+    except OSError as error:
+        raise UserError(f"--run_dir={run_dir}: {error.strerror}; name a folder that can be made") from error
+    if not (run_dir / "plan.json").exists():
+        shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
+        write_json(run_dir / "plan.json", {"hash": digest(plan), "plan": plan})
     write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
-    return plan_hash
 
 
-def results_depend_on(config: Config, stores: Stores) -> dict[str, Any]:
-    """What decides the parameters of every step, up to rounding: the identity of a run."""
-    data = to_dict(config)
-    training = data.pop("training")
-    paths = [data["data"].pop(name) for name in ("root", "tokenizer")] + [data.pop("checkpoints"), data.pop("name")]
-    assert len(paths) == 4, "where things lie and what is kept decides no result"
-    for phase in data["phases"]:
-        phase.pop("checkpoint_every")
-    data["sources"] = {name: source["domain"] for name, source in data["sources"].items()}
-    kept = {name: training[name] for name in ("seed", "dtype")}
-    return {**data, "training": kept, "fingerprints": stores.fingerprints()}
+def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> dict[str, Any]:
+    """What decides the parameters of every step, up to rounding: the identity of a run.
+
+    `init_from` is the fingerprint of the weights it began with, None for drawn ones.
+    """
+    plan = to_dict(config)
+    training = plan.pop("training")
+    # Where things lie and what is kept decides no result; stated epochs are only a limit.
+    del plan["name"], plan["checkpoints"], plan["data"]["root"], plan["data"]["tokenizer"]
+    for phase in plan["phases"]:
+        del phase["checkpoint_every"], phase["epochs"]
+    plan["sources"] = {name: source["domain"] for name, source in plan["sources"].items()}
+    return {**plan, "training": {name: training[name] for name in ("seed", "dtype")},
+            "fingerprints": stores.fingerprints(), "init_from": init_from}
 
 
 def differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    """Each leaf in which two plain trees differ, by its path."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-        joined = [f"{path}[{key}]" for key in old]
-    elif isinstance(old, dict) and isinstance(new, dict):
-        joined = [f"{path}.{key}" for key in {**old, **new}]
-    else:
-        return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
-    keys = list({**old, **new})
-    return [line for key, name in zip(keys, joined, strict=True)
-            for line in differences(old.get(key), new.get(key), name)]
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, (before, now) in pairs for line in differences(before, now, f"{path}[{i}]")]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in {**old, **new} for line in differences(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 def versions() -> dict[str, str]:

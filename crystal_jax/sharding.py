@@ -66,7 +66,6 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for index, phase in enumerate(config.phases):
         _divides(f"config.phases[{index}].global_batch_size", phase.global_batch_size, ways, "data x fsdp")
-    _divides("config.training.eval_sequences", config.training.eval_sequences, ways, "data x fsdp")
     check_model_divisible(config.model, mesh)
 
 

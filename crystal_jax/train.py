@@ -6,6 +6,7 @@ state is restored only if every leaf has the expected shape. Data has no state o
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from crystal_jax import recipe, sharding
-from crystal_jax.checkpoint import Calendar, RollingStates, load_weights
+from crystal_jax.checkpoint import Calendar, RollingStates, Weights, fingerprint, load_weights, newest_state
 from crystal_jax.config import Config, to_dict
 from crystal_jax.data.pipeline import Batches, Stores, heldout
 from crystal_jax.errors import UserError
@@ -29,7 +30,7 @@ from crystal_jax.model import Crystal, Params, abstract_params, init_params, map
 from crystal_jax.optimizer import apply_updates, make_optimizer, moments, with_moments
 from crystal_jax.phases import checkpoint_name, make_plan
 from crystal_jax.progress import Clock, Progress, Signals
-from crystal_jax.run_dir import claim, differences, versions
+from crystal_jax.run_dir import begin, check, differences, results_depend_on, versions
 
 PREEMPTED = 3
 """Exit code: stopped by a signal, with everything saved."""
@@ -42,18 +43,38 @@ def train(config: Config, run_dir: str | Path, init_from: str | Path | None = No
       UserError: before any work, for data, a mesh or a run's folder that doesn't fit the config.
       FatalError: more non-finite updates in a row than config.training.skip_nonfinite.
     """
+    with Signals() as signals:
+        run, weights = open_run(config, Path(run_dir), init_from)
+        if newest_state(run.run_dir) == run.plan.total_steps:
+            print(f"{run.run_dir}: done already, all {run.plan.total_steps} steps", file=sys.stderr)
+            return 0
+        begin(run.run_dir, run.identity, config, run.stores.tokenizer.path)
+        with jax.set_mesh(run.mesh):
+            state, start, interval = run.begin(weights)
+            windows = heldout(config, run.stores)
+            evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh)
+            return run.loop(state, start, interval, evaluator, signals)
+
+
+def open_run(config: Config, run_dir: Path, init_from: str | Path | None) -> tuple["Run", Weights | None]:
+    """A run that passed every check, and the weights it begins with if they are given. Writes nothing.
+
+    Raises:
+      UserError: data, a mesh, weights or a run's folder that doesn't fit the config.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes: training over several hosts isn't supported yet; use one")
     mesh = sharding.make_mesh(config.training.mesh)
     sharding.check_divisible(config, mesh)
     stores = Stores(config)
-    batches = Batches(config, stores, jax.process_index(), jax.process_count())
-    windows = heldout(config, stores)
-    with jax.set_mesh(mesh), Signals() as signals:
-        run = Run(config, Path(run_dir), mesh, batches)
-        weights = None if init_from is None else run.load(init_from)
-        run.plan_hash = claim(run.run_dir, config, stores)
-        state, start, interval = run.begin(weights)
-        evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, mesh)
-        return run.loop(state, start, interval, evaluator, signals)
+    weights = None
+    if init_from is not None and newest_state(run_dir) is None:
+        weights = load_weights(init_from)
+        if changes := differences(to_dict(weights.model), to_dict(config.model), "config.model"):
+            raise UserError(f"--init_from={init_from}: {'; '.join(changes)}; the model must be the checkpoint's")
+    began_with = None if weights is None else fingerprint(weights.params)
+    identity = results_depend_on(config, stores, began_with)
+    return Run(config, run_dir, mesh, stores, identity), weights
 
 
 @jax.tree_util.register_dataclass
@@ -98,10 +119,12 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
 class Run:
     """A run in progress: what every step of the loop needs to know."""
 
-    def __init__(self, config: Config, run_dir: Path, mesh: Mesh, batches: Batches):
+    def __init__(self, config: Config, run_dir: Path, mesh: Mesh, stores: Stores, identity: dict[str, Any]):
         training = config.training
-        self.config, self.run_dir, self.mesh, self.batches = config, run_dir, mesh, batches
-        self.plan, self.plan_hash = make_plan(config), ""
+        self.config, self.run_dir, self.mesh, self.stores = config, run_dir, mesh, stores
+        self.identity, self.plan_hash = identity, check(run_dir, identity)
+        self.plan, self.batches = make_plan(config), Batches(config, stores)
+        self.calendar = Calendar(run_dir)
         self.model = Crystal(config.model, training.dtype, training.remat, training.unroll)
         self.specs = self.model.specs()
         self.optimizer = make_optimizer(config.optimizer, config.model, self.specs)
@@ -109,27 +132,24 @@ class Run:
         self.abstract = abstract_params(self.specs, mesh)
         self.permanent = self.plan.calendar()
 
-    def load(self, path: str | Path) -> Params:
-        """The weights of a checkpoint as float32 parameters on the mesh."""
-        weights = load_weights(path)
-        if weights.model != self.config.model:
-            changes = differences(to_dict(weights.model), to_dict(self.config.model), "config.model")
-            raise UserError(f"--init_from={path}: {'; '.join(changes)}; the model must be the checkpoint's")
-        return jax.tree.map(lambda leaf, to: jax.device_put(np.asarray(leaf, np.float32), to.sharding), weights.params,
-                            self.abstract)
-
-    def begin(self, weights: Params | None) -> tuple[TrainState, int, Interval]:
+    def begin(self, weights: Weights | None) -> tuple[TrainState, int, Interval]:
         """The newest saved state, its step and its place between log lines; in a new run `weights` or drawn ones."""
         self.states = RollingStates(self.run_dir / "checkpoints", self.config.checkpoints,
                                     keep=[placed.end for placed in self.plan.phases])
         step = self.states.latest
         if step is None:
-            params = weights or init_params(self.specs, self.config.training.seed, self.mesh)
+            if weights is None:
+                params = init_params(self.specs, self.config.training.seed, self.mesh)
+            else:
+                params = jax.tree.map(lambda leaf, to: jax.device_put(np.asarray(leaf, np.float32), to.sharding),
+                                      weights.params, self.abstract)
             return TrainState(params, self._fresh()), 0, Interval(sorted(self.config.sources))
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
         found, position = self.states.restore(
             step, {"params": self.abstract, "moments": {"count": count, "mu": self.abstract, "nu": self.abstract}})
-        assert (position["step"], position["plan_hash"]) == (step, self.plan_hash), "claim() compared the plans"
+        if position["plan_hash"] != self.plan_hash:
+            raise UserError(f"{self.states.folder}/{step}: a state of plan {position['plan_hash']}, but this run's is "
+                            f"{self.plan_hash}; it was copied from another run: move it away")
         state = TrainState(found["params"], with_moments(self._fresh(), found["moments"]))
         return state, step, Interval(**position["interval"])
 
@@ -175,7 +195,7 @@ class Run:
         if not (evaluate or roll or done in self.permanent):
             return
         with clock.paused():
-            if evaluate:
+            if evaluate and evaluator.windows:
                 found = evaluator(state.params)
                 self.log.write("eval", done, **self.place(done), **found)
                 self.progress.note(f"step {done}: held-out " + ", ".join(
@@ -188,10 +208,6 @@ class Run:
                 tree = {"params": state.params, "moments": moments(state.opt_state)}
                 self.states.save(done, tree, {"model": to_dict(self.config.model), "interval": to_dict(clock.interval),
                                               **self.describe(done)})
-
-    @property
-    def calendar(self) -> Calendar:
-        return Calendar(self.run_dir)
 
     def report(self, done: int, record: dict[str, Any]) -> None:
         """What is due at a log interval; background saves that failed surface here."""
@@ -216,16 +232,13 @@ class Run:
                 "versions": versions()}
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, run_dir: str | Path, init_from: str | Path | None = None) -> str:
     """The plan, the mesh and the bytes per device, after every check that `train` makes before it works."""
-    mesh = sharding.make_mesh(config.training.mesh)
-    sharding.check_divisible(config, mesh)
-    Batches(config, Stores(config))
-    abstract = abstract_params(Crystal(config.model).specs(), mesh)
+    run, _ = open_run(config, Path(run_dir), init_from)
     lines = [recipe.render(recipe.describe(config)), "",
-             f"mesh {dict(mesh.shape)} on {mesh.devices.flat[0].device_kind}"]
+             f"mesh {dict(run.mesh.shape)} on {run.mesh.devices.flat[0].device_kind}"]
     total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(run.abstract)[0]:
         shard = leaf.sharding.shard_shape(leaf.shape)
         total += 4 * int(np.prod(shard))
         name = ".".join(key.key for key in path)
@@ -239,6 +252,7 @@ def use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "crystal_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +265,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     use_compilation_cache()
     if args.dry_run:
-        print(dry_run(args.config))
+        print(dry_run(args.config, args.run_dir, args.init_from))
         return 0
     return train(args.config, args.run_dir, args.init_from)
