@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else ""
     # Orbax logs there what it also raises, and warns of metadata that no one needs.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops
     try:
         return _run(argv, name)

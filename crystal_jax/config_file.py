@@ -37,9 +37,9 @@ def _from_file(path: str) -> Config:
     if not file.is_file():
         raise UserError(f"--config={path}: no such file")
     # A config may build on its neighbours (`from configs import crystal_7b`).
-    root = str(file.resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
+    for root in (str(Path(__file__).parents[1]), str(file.resolve().parent.parent)):
+        if root not in sys.path:
+            sys.path.insert(0, root)
     argv = ["crystal-jax", f"--config={path}"]
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=False)

@@ -148,7 +148,8 @@ def _stacked_bar(axes: Axes, y: float, amounts: Mapping[str, float], colours: di
 
 def draw_learning_rate(axes: Axes, run: Run) -> None:
     """The schedule as planned (dashed) and as logged."""
-    planned = [(run.plan.tokens(placed.start + step), learning_rate(placed.phase.lr, step))
+    # An update's rate stands where the log has it: at the tokens seen after that update.
+    planned = [(run.plan.tokens(min(placed.start + step + 1, placed.end)), learning_rate(placed.phase.lr, step))
                for placed in run.plan.phases for step in _corners(placed.phase.lr, placed.steps)]
     axes.plot(*zip(*planned, strict=True), color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="planned")
     for placed in run.plan.phases:

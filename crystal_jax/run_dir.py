@@ -1,7 +1,10 @@
 """A run's folder and its identity: config.json, plan.json, and whether a command may go on with what lies there."""
 
+import fcntl
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,21 @@ def begin(run_dir: Path, plan: dict[str, Any], config: Config, tokenizer: Path) 
         shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
         write_json(run_dir / "plan.json", {"hash": digest(plan), "plan": plan})
     write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a second `train` out of the folder; the lock ends with the process, however it ends.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: another process is training there; wait for it, or stop it") from error
+        yield
 
 
 def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from crystal_jax.model import Crystal, Params, abstract_params, init_params, map
 from crystal_jax.optimizer import apply_updates, make_optimizer, moments, with_moments
 from crystal_jax.phases import checkpoint_name, make_plan
 from crystal_jax.progress import Clock, Progress, Signals
-from crystal_jax.run_dir import begin, check, differences, results_depend_on, versions
+from crystal_jax.run_dir import begin, check, differences, locked, results_depend_on, versions
 
 PREEMPTED = 3
 """Exit code: stopped by a signal, with everything saved."""
@@ -49,7 +49,7 @@ def train(config: Config, run_dir: str | Path, init_from: str | Path | None = No
             print(f"{run.run_dir}: done already, all {run.plan.total_steps} steps", file=sys.stderr)
             return 0
         begin(run.run_dir, run.identity, config, run.stores.tokenizer.path)
-        with jax.set_mesh(run.mesh):
+        with locked(run.run_dir), jax.set_mesh(run.mesh):
             state, start, interval = run.begin(weights)
             windows = heldout(config, run.stores)
             evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh)
@@ -168,6 +168,10 @@ class Run:
         self.log, self.progress = MetricsLog(self.run_dir), Progress(self.plan, start)
         self.log.write("start", start, versions=versions(), parameters=parameter_count(self.specs), resumed=start > 0,
                        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}")
+        if start:
+            self.progress.note(f"going on from step {start}")
+        for domain in sorted({source.domain for source in self.config.sources.values()} - evaluator.windows.keys()):
+            self.progress.note(f"no held-out tokens of {domain}; `prepare --heldout` sets their share")
         clock = Clock(self.config.training, self.plan, interval, self.report)
         batches = self.batches.iterate(start)
         stopped = False
@@ -184,6 +188,8 @@ class Run:
                 break
         self.states.close()
         self.log.close()
+        if stopped:
+            self.progress.note(f"saved step {step + 1}; the same command goes on from there")
         self.progress.close()
         return PREEMPTED if stopped else 0
 

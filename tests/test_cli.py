@@ -60,8 +60,19 @@ def test_a_full_disk_is_one_line_and_other_system_errors_are_ours(
     assert cli.main(["verify", "store"]) == 1
     assert "some/file: no space left" in capsys.readouterr().err
     number = errno.EIO
-    with pytest.raises(OSError, match="text"):
-        cli.main(["verify", "store"])
+    assert cli.main(["verify", "store"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import crystal_jax.data.verify as verify
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "main", interrupt)
+    assert cli.main(["verify", "store"]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_reader_that_closes_our_output_is_no_error(run_cli: RunCli) -> None:

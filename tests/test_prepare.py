@@ -206,6 +206,7 @@ def test_other_arguments_are_refused(prepared: Path, raw: Path, tokenizer: Path,
     manifest = json.loads(before["manifest.json"])
     manifest["inputs"] = [item["name"] for item in manifest["inputs"]]
     (started / "progress" / "arguments.json").write_text(json.dumps(manifest))
+    (started / "progress" / "00000.json").write_text("{}")  # an input is done
     for changed, message in change_cases(raw, tmp_path):
         with pytest.raises(UserError, match=message):
             run_again(prepared, raw, tokenizer, **changed)

@@ -73,7 +73,6 @@ def test_sizes_that_divide_are_accepted() -> None:
 @pytest.mark.parametrize(("owner", "field", "value", "rule"), [
     ("phases[1]", "global_batch_size", 10, "4 equal parts (mesh axis data x fsdp); the nearest that do are 8 and 12"),
     ("phases[1]", "global_batch_size", 2, "4 equal parts (mesh axis data x fsdp); the nearest that do are 4"),
-    ("training", "eval_sequences", 6, "4 equal parts (mesh axis data x fsdp); the nearest that do are 4 and 8"),
     ("model", "embed_dim", 33, "2 equal parts (mesh axis fsdp); the nearest that do are 32 and 34"),
     ("model", "num_heads", 5, "2 equal parts (mesh axis tensor); the nearest that do are 4 and 6"),
     ("model", "mlp_dim", 171, "2 equal parts (mesh axis tensor); the nearest that do are 170 and 172"),

@@ -58,8 +58,8 @@ def wait_for(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def finish(config_file: Path, run_dir: Path, cache: dict[str, str]) -> None:
-    process = start(config_file, run_dir, cache)
+def finish(config_file: Path, run_dir: Path, cache: dict[str, str], *extra: str) -> None:
+    process = start(config_file, run_dir, cache, *extra)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
 
@@ -88,8 +88,8 @@ def train_records(run_dir: Path) -> dict[int, dict[str, Any]]:
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {entry.name for entry in finished.iterdir()}
-    assert names == {"config.json", "plan.json", "metrics.jsonl", "manifest.json", "tokenizer.json", "checkpoints",
-                     "exports", "tensorboard"}
+    assert names == {".lock", "config.json", "plan.json", "metrics.jsonl", "manifest.json", "tokenizer.json",
+                     "checkpoints", "exports", "tensorboard"}
     manifest = json.loads((finished / "manifest.json").read_text())
     assert [(entry["name"], entry["step"]) for entry in manifest["checkpoints"]] == [
         ("phase1/step_000003", 3), ("phase1/step_000006", 6), ("phase2/step_000005", 11), ("phase2/step_000008", 14),
@@ -125,10 +125,49 @@ def test_it_learns(finished: Path) -> None:
 
 
 def test_run_again_it_finds_its_work_done(finished: Path, config_file: Path, run_cli: RunCli, cache: dict) -> None:
-    before = (finished / "checkpoints" / "18" / "params" / "manifest.ocdbt").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     result = run_cli("train", f"--config={config_file}", f"--run_dir={finished}", env=cache)
-    assert result.returncode == 0, result.stderr
-    assert (finished / "checkpoints" / "18" / "params" / "manifest.ocdbt").read_bytes() == before
+    assert (result.returncode, result.stderr) == (0, f"{finished}: done already, all 18 steps\n")
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_second_process_is_kept_out_of_the_folder(config_file: Path, cache: dict, run_cli: RunCli,
+                                                    tmp_path: Path) -> None:
+    process = start(config_file, tmp_path / "run", cache)
+    wait_for(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        result = run_cli("train", f"--config={config_file}", f"--run_dir={tmp_path / 'run'}", env=cache)
+        assert result.returncode == 1 and "another process is training there" in result.stderr, result.stderr
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=300)[1] and process.returncode == 0
+
+
+def test_weights_that_a_run_began_with_are_part_of_its_plan(
+        finished: Path, config_file: Path, cache: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed before the first saved state and given again without them, it must not begin from drawn ones."""
+    export = finished / "exports" / "phase2" / "step_000008"
+    process = start(config_file, tmp_path / "run", cache, f"--init_from={export}")
+    wait_for(tmp_path / "run", 2, process)
+    process.kill()
+    process.communicate()
+    assert not [entry for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.isdigit()]
+    for extra in ([], [f"--init_from={finished / 'exports' / 'phase1' / 'step_000003'}"]):
+        for mode in ([], ["--dry_run"]):
+            command = ["train", f"--config={config_file}", f"--run_dir={tmp_path / 'run'}", *extra, *mode]
+            assert cli.main(command) == 1
+            assert "config.init_from was" in capsys.readouterr().err
+    finish(config_file, tmp_path / "run", cache, f"--init_from={export}")
+
+
+def test_a_folder_that_a_kill_left_half_begun_is_begun_again(
+        finished: Path, config_file: Path, cache: dict, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("tokenizer.json", ".plan.json.tmp"):
+        (tmp_path / "run" / name).write_text("")
+    finish(config_file, tmp_path / "run", cache)
+    assert leaves(tmp_path / "run") == leaves(finished)
 
 
 @pytest.mark.parametrize("at", [[2], [6, 10], [12, 14, 16]])
@@ -192,7 +231,8 @@ def test_init_from_takes_weights_only(finished: Path, config_file: Path, run_cli
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--config.phases[0].mix.code=0.2"], "config.phases[0].mix: the shares sum to 1.1, not 1"),
-    (["--config.phases[0].mix.coed=0.2"], "--config.phases[0].mix.coed"),
+    (["--config.phases[0].mix.coed=0.2"], "config.phases[0].mix.coed: no such source; did you mean code?"),
+    (["--config.phases[0].steps=None"], "config.phases[0]: steps = None, tokens = None: set exactly one"),
     (["--config.model.num_layer=3"], "no field num_layer; did you mean num_layers?"),
     (["--config.model.num_layers=three"], "--config.model.num_layers=three"),
     (["--config.model.num_layers=3"], "config.model.num_layers was 2, is 3"),
@@ -216,8 +256,7 @@ def test_a_wrong_argument_ends_before_anything_is_overwritten(
 
 def test_unknown_arguments_and_other_folders_are_refused(
         config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["train", f"--config={config_file}", f"--run_dir={tmp_path}", "--nonsense=1"])
+    assert cli.main(["train", f"--config={config_file}", f"--run_dir={tmp_path}", "--nonsense=1"]) == 1
     assert "unrecognized arguments: --nonsense=1" in capsys.readouterr().err
     (tmp_path / "thesis.txt").write_text("years of work")
     assert cli.main(["train", f"--config={config_file}", f"--run_dir={tmp_path}"]) == 1
@@ -228,7 +267,8 @@ def test_unknown_arguments_and_other_folders_are_refused(
 def test_a_damaged_state_is_named(
         finished: Path, config_file: Path, run_cli: RunCli, cache: dict, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
-    metadata = tmp_path / "run" / "checkpoints" / "18" / "params" / "_METADATA"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "18")
+    metadata = tmp_path / "run" / "checkpoints" / "15" / "params" / "_METADATA"
     metadata.write_text(metadata.read_text().replace("gate_bias", "gate_bios"))
     result = run_cli("train", f"--config={config_file}", f"--run_dir={tmp_path / 'run'}", env=cache)
     assert result.returncode == 1 and "gate_bi" in result.stderr and "Traceback" not in result.stderr, result.stderr

@@ -164,9 +164,13 @@ def _readings(config: Config, plan: Plan, stores: Stores) -> list[dict[str, Read
         for name, quota in placed.quotas.items():
             subset = placed.phase.subset.get(name, Subset())
             key = (name, *map(str, dataclasses.astuple(subset)))
-            view = stores.by_source[name].view("train", subset.files, subset.first)
-            rows = (view.num_tokens - 1) // config.data.sequence_length
             path = f"config.phases[{placed.index}]"
+            try:
+                view = stores.by_source[name].view("train", subset.files, subset.first)
+            except UserError as error:
+                raise UserError(f"{path}.subset.{name}: {error} (a store has a file per input: one made from a single "
+                                "file has no odd one)") from error
+            rows = (view.num_tokens - 1) // config.data.sequence_length
             if rows < 1:
                 raise UserError(f"{path}.subset.{name}: {view.num_tokens} tokens of {stores.by_source[name].path} are "
                                 f"less than one sequence of {config.data.sequence_length}; read more of it")

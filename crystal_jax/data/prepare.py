@@ -157,9 +157,9 @@ def _begin(folder: Path, arguments: dict[str, Any]) -> None:
     arguments = {**arguments, "inputs": [item["name"] for item in arguments["inputs"]]}
     file = folder / PROGRESS / "arguments.json"
     strangers = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
-    if file.exists():
+    if any(path != file for path in file.parent.glob("*.json")):
         _check_same(folder, arguments, json.loads(file.read_text(encoding="utf-8")))
-    elif strangers:
+    elif strangers and not file.exists():
         raise UserError(f"{folder}: holds {strangers[0]} but is no token store; choose another --name or remove it")
     else:
         file.parent.mkdir(exist_ok=True)
@@ -307,6 +307,8 @@ def _finish(folder: Path, name: str, arguments: dict[str, Any], tasks: list[Task
         counts.update(record["counts"])
     dropped = {key.removeprefix(DROPPED): counts[key] for key in sorted(counts) if key.startswith(DROPPED)}
     assert counts["read"] == counts["kept"] + sum(dropped.values())
+    if not counts["kept"]:
+        raise UserError(f"{folder}: {counts['read']} documents read, none kept; look at --input and --text_key")
     fields = ("read", "kept", "replaced_surrogates", "text_bytes")
     splits = {}
     for split in store.SPLITS:

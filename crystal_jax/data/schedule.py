@@ -1,8 +1,8 @@
 """Which sequence of which source stands at which position: exact, in closed form, without state.
 
 A phase of steps * batch positions is dealt out by quotas: at every prefix each source has given its share to within
-two sequences, and at the phase's end its quota exactly. Position -> (source, ordinal), its inverse and the counts are all O(sources).
-Each epoch of a source is read in an order of its own, by a permutation that is computed, not stored.
+two sequences, and at the phase's end its quota exactly. Position -> (source, ordinal), its inverse and the counts are
+all O(sources). Each epoch of a source is read in an order of its own, by a permutation that is computed, not stored.
 """
 
 from collections.abc import Sequence
