@@ -50,10 +50,6 @@ def check(run_dir: Path, plan: dict[str, Any]) -> str:
 
 def begin(run_dir: Path, plan: dict[str, Any], config: Config, tokenizer: Path) -> None:
     """Writes a new run's plan.json and tokenizer.json, and what this command runs with."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run_dir={run_dir}: {error.strerror}; name a folder that can be made") from error
     if not (run_dir / "plan.json").exists():
         shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
         write_json(run_dir / "plan.json", {"hash": digest(plan), "plan": plan})
@@ -62,11 +58,15 @@ def begin(run_dir: Path, plan: dict[str, Any], config: Config, tokenizer: Path) 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keeps a second `train` out of the folder; the lock ends with the process, however it ends.
+    """Makes the folder and keeps a second `train` out of it; the lock ends with the process, however it ends.
 
     Raises:
-      UserError: another process trains there.
+      UserError: another process trains there, or the folder can't be made.
     """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run_dir={run_dir}: {error.strerror}; name a folder that can be made") from error
     with open(run_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

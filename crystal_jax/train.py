@@ -48,9 +48,9 @@ def train(config: Config, run_dir: str | Path, init_from: str | Path | None = No
         if newest_state(run.run_dir) == run.plan.total_steps:
             print(f"{run.run_dir}: done already, all {run.plan.total_steps} steps", file=sys.stderr)
             return 0
-        begin(run.run_dir, run.identity, config, run.stores.tokenizer.path)
         with locked(run.run_dir), jax.set_mesh(run.mesh):
-            state, start, interval = run.begin(weights)
+            begin(run.run_dir, run.identity, config, run.stores.tokenizer.path)
+            state, start, interval = run.restore(weights)
             windows = heldout(config, run.stores)
             evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh)
             return run.loop(state, start, interval, evaluator, signals)
@@ -68,7 +68,9 @@ def open_run(config: Config, run_dir: Path, init_from: str | Path | None) -> tup
     sharding.check_divisible(config, mesh)
     stores = Stores(config)
     weights = None
-    if init_from is not None and newest_state(run_dir) is None:
+    if init_from is not None and newest_state(run_dir) is not None:
+        print(f"--init_from={init_from}: left aside, since {run_dir} goes on from its own state", file=sys.stderr)
+    elif init_from is not None:
         weights = load_weights(init_from)
         if changes := differences(to_dict(weights.model), to_dict(config.model), "config.model"):
             raise UserError(f"--init_from={init_from}: {'; '.join(changes)}; the model must be the checkpoint's")
@@ -132,7 +134,7 @@ class Run:
         self.abstract = abstract_params(self.specs, mesh)
         self.permanent = self.plan.calendar()
 
-    def begin(self, weights: Weights | None) -> tuple[TrainState, int, Interval]:
+    def restore(self, weights: Weights | None) -> tuple[TrainState, int, Interval]:
         """The newest saved state, its step and its place between log lines; in a new run `weights` or drawn ones."""
         self.states = RollingStates(self.run_dir / "checkpoints", self.config.checkpoints,
                                     keep=[placed.end for placed in self.plan.phases])
