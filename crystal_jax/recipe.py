@@ -167,21 +167,21 @@ def describe_step(config: Config, step: int) -> dict[str, Any]:
     }
 
 
-def human(number: float, unit: str = "") -> str:
+def human(number: float, unit: str = "", digits: int = 3) -> str:
     """1234567 as 1.23M; `unit` follows, as in 1.23 MB."""
     power = 0
-    while abs(number) >= 999.5 and power < 5:
+    while abs(number) >= 1000 - 0.5 * 10 ** (3 - digits) and power < 5:
         number, power = number / 1000, power + 1
     suffix = ["", "k", "M", "G" if unit else "B", "T", "P"][power]
-    digits = f"{number:.{max(0, 3 - len(str(int(abs(number)))))}f}" if power else f"{number:g}"
-    return f"{digits} {suffix}{unit}" if unit else f"{digits}{suffix}"
+    text = f"{number:.{max(0, digits - len(str(int(abs(number)))))}f}" if power else f"{number:g}"
+    return f"{text} {suffix}{unit}" if unit else f"{text}{suffix}"
 
 
 def render(plan: dict[str, Any], calendar: bool = False) -> str:
     """What `describe` gave, as aligned text at most 100 columns wide; `calendar` names every permanent checkpoint."""
     head = [
         f"{plan['name']}: {plan['parameters']:,} parameters, sequences of {plan['sequence_length']:,} tokens",
-        f"{plan['steps']:,} steps, {human(plan['tokens'])} tokens ({plan['tokens']:,}), "
+        f"{plan['steps']:,} steps, {human(plan['tokens'], digits=4)} tokens ({plan['tokens']:,}), "
         f"{plan['flops']:.3g} FLOPs (6ND), {plan['code_share']:.1%} code",
     ]
     blocks = ["\n".join(head), *(_render_phase(phase, calendar) for phase in plan["phases"])]
@@ -194,7 +194,7 @@ def render(plan: dict[str, Any], calendar: bool = False) -> str:
 
 def _render_phase(phase: dict[str, Any], calendar: bool) -> str:
     title = (f"{phase['name']}  steps {phase['first_step']:,} to {phase['end_step']:,} ({phase['steps']:,}), "
-             f"{human(phase['tokens'])} tokens ({phase['tokens']:,})")
+             f"{human(phase['tokens'], digits=4)} tokens ({phase['tokens']:,})")
     rates = [f"{point['at']} {point['lr']:.6g} ({point['phase_step']:,})" for point in phase["learning_rate"]]
     kept = phase["checkpoints"]
     facts = {

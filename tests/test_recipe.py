@@ -173,8 +173,8 @@ def test_the_text_is_aligned_and_100_columns_wide(config: Config, calendar: bool
 
 def test_the_text_names_the_published_numbers(published: dict[str, Any]) -> None:
     text = recipe.render(published)
-    for words in ("6,575,278,720 parameters", "321,836 steps, 1.39T tokens (1,392,061,710,336), 5.49e+22 FLOPs",
-                  "phase1  steps 0 to 79,721 (79,721), 345B tokens (344,823,300,096)",
+    for words in ("6,575,278,720 parameters", "321,836 steps, 1.392T tokens (1,392,061,710,336), 5.49e+22 FLOPs",
+                  "phase1  steps 0 to 79,721 (79,721), 344.8B tokens (344,823,300,096)",
                   "2,112 sequences = 4,325,376 tokens", "first 0 (0), peak 0.012 (86)",
                   "72 checkpoints: phase2/step_003000 .. phase2/step_214387, every 3,000",
                   "fresh moments", "136 of 13.2 GB = 1.79 TB", "83.3% of the tokens"):

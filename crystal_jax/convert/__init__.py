@@ -1,1 +1,1 @@
-"""Conversion between the parameters of crystal_jax and PyTorch folders; it stands on the config alone."""
+"""PyTorch checkpoints in and out: tables of names and shapes per form, over checkpoints of weights."""
