@@ -204,17 +204,16 @@ def test_other_arguments_are_refused(prepared: Path, raw: Path, tokenizer: Path,
     started = tmp_path / "data" / "set" / "one"
     (started / "progress").mkdir(parents=True)
     manifest = json.loads(before["manifest.json"])
-    manifest["inputs"] = [item["name"] for item in manifest["inputs"]]
-    (started / "progress" / "arguments.json").write_text(json.dumps(manifest))
-    (started / "progress" / "00000.json").write_text("{}")  # an input is done
+    manifest |= {"inputs": [item["name"] for item in manifest["inputs"]]}
+    for name, text in (("arguments.json", json.dumps(manifest)), ("00000.json", "{}")):  # one input is done
+        (started / "progress" / name).write_text(text)
     for changed, message in change_cases(raw, tmp_path):
         with pytest.raises(UserError, match=message):
             run_again(prepared, raw, tokenizer, **changed)
         if "2.jsonl" not in message:
             with pytest.raises(UserError, match=message):
                 run_again(started, raw, tokenizer, **changed)
-    assert files_of(prepared) == before
-    assert [path.name for path in started.iterdir()] == ["progress"]
+    assert (files_of(prepared), [path.name for path in started.iterdir()]) == (before, ["progress"])
 
 
 def test_damage_of_a_finished_store_is_reported(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
