@@ -106,7 +106,7 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(model: Crystal, eos_id: int, max_tokens: int, params: Params, prompt_BP: jax.Array, length: jax.Array,
-              knobs: "Knobs") -> jax.Array:
+              knobs: Knobs) -> jax.Array:
     """Ids [B, max_tokens]; what follows a row's </s> is </s>.
 
     Slots of the cache: 0..P-1 the prompt, of which the first `length` count, then one for each new token.

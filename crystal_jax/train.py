@@ -28,7 +28,7 @@ from crystal_jax.evaluate import HeldOut
 from crystal_jax.metrics import Interval, MetricsLog
 from crystal_jax.model import Crystal, Params, abstract_params, init_params, map_specs, parameter_count
 from crystal_jax.optimizer import apply_updates, make_optimizer, moments, with_moments
-from crystal_jax.phases import checkpoint_name, make_plan
+from crystal_jax.phases import checkpoint_name
 from crystal_jax.progress import Clock, Progress, Signals
 from crystal_jax.run_dir import begin, check, differences, locked, results_depend_on, versions
 
@@ -125,7 +125,8 @@ class Run:
         training = config.training
         self.config, self.run_dir, self.mesh, self.stores = config, run_dir, mesh, stores
         self.identity, self.plan_hash = identity, check(run_dir, identity)
-        self.plan, self.batches = make_plan(config), Batches(config, stores)
+        self.batches = Batches(config, stores)
+        self.plan = self.batches.plan
         self.calendar = Calendar(run_dir)
         self.model = Crystal(config.model, training.dtype, training.remat, training.unroll)
         self.specs = self.model.specs()
