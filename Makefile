@@ -52,8 +52,9 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PIP) --no-deps -e .
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/torch.txt
-	@echo "Installing requirements/dev.txt and requirements/torch.txt into $(VENV)"
+$(VENV)/installed-dev: $(VENV)/installed requirements/data.txt requirements/dev.txt requirements/torch.txt
+	@echo "Installing requirements/data.txt, dev.txt and torch.txt into $(VENV) (about 3 GB)"
+	@$(PIP) --require-hashes -r requirements/data.txt
 	@$(PIP) --require-hashes -r requirements/dev.txt
 	@$(PIP) -r requirements/torch.txt
 	@touch $@
@@ -62,8 +63,9 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/torch
 lock: LOCK = uv pip compile -q --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
              --custom-compile-command='make lock' $(LOCK_FLAGS)
 lock:  ## write the hashed requirements from pyproject.toml (needs uv)
-	$(LOCK) pyproject.toml -o requirements.txt
-	$(LOCK) --group=dev -c requirements.txt -o requirements/dev.txt
+	$(LOCK) pyproject.toml --extra=seqio --extra=beam --extra=gcs --extra=fast -o requirements/data.txt
+	$(LOCK) pyproject.toml -c requirements/data.txt -o requirements.txt
+	$(LOCK) --group=dev -c requirements/data.txt -o requirements/dev.txt
 
 clean:  ## remove .venv, caches and the demo
 	rm -rf $(VENV) demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
