@@ -63,7 +63,7 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/data.txt requirements/dev.
 lock: LOCK = uv pip compile -q --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
              --custom-compile-command='make lock' $(LOCK_FLAGS)
 lock:  ## write the hashed requirements from pyproject.toml (needs uv)
-	$(LOCK) pyproject.toml --extra=seqio --extra=beam --extra=gcs --extra=fast -o requirements/data.txt
+	$(LOCK) pyproject.toml --extra=seqio --extra=beam --extra=gcs --extra=fast --extra=gguf -o requirements/data.txt
 	$(LOCK) pyproject.toml -c requirements/data.txt -o requirements.txt
 	$(LOCK) --group=dev -c requirements/data.txt -o requirements/dev.txt
 

@@ -1,6 +1,6 @@
 """Causal attention: one function, and the module that owns its projections.
 
-Scores are scaled by 1/head_dim (muP), not by its root; the softmax runs in float32 or wider.
+Scores are divided by head_dim to the family's power (muP: 1, not 1/2); the softmax runs in float32 or wider.
 """
 
 import jax
@@ -9,11 +9,11 @@ from flax import nnx
 
 from crystal_jax import sharding
 from crystal_jax.config import ModelConfig
-from crystal_jax.layers import Param, declare, project, rotary_matrix, rotate
+from crystal_jax.layers import declare, project, rotary_matrix, rotate
 from crystal_jax.sharding import Axes
 
 KV = tuple[jax.Array, jax.Array]
-"""Keys and values [B, N, S, H]."""
+"""Keys and values [B, K, S, H]."""
 
 Rotary = tuple[jax.Array, jax.Array]
 """cos and sin [B, 1, T, H]."""
@@ -23,13 +23,14 @@ CAUSAL_BLOCKS = 4
 """Blocks of queries, each of which meets only the keys up to its end: 3/8 of the products are hidden and never made."""
 
 
-def attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
-    """softmax(q k^T / H) v with `mask` [B or 1, 1, T, S] True where a query may look; returns [B, N, T, H].
+def attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array, causal: bool,
+              power: float = 1.0) -> jax.Array:
+    """softmax(q k^T / H^power) v with `mask` [B or 1, 1, T, S] True where a query may look; returns [B, N, T, H].
 
     `causal` promises that T = S and that the mask hides every key after the query.
     """
     # q is scaled once, in its own dtype: T*H products instead of T*S, and exact where H is a power of two.
-    q_BNTH = q_BNTH * jnp.asarray(1.0 / q_BNTH.shape[-1], q_BNTH.dtype)
+    q_BNTH = q_BNTH * jnp.asarray(q_BNTH.shape[-1] ** -power, q_BNTH.dtype)
     length = q_BNTH.shape[2]
     if not causal or length % CAUSAL_BLOCKS:
         return _attend(q_BNTH, k_BNSH, v_BNSH, mask)
@@ -61,48 +62,59 @@ def causal_mask(length: int, segment_ids_BT: jax.Array | None = None) -> jax.Arr
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases on all four projections and partial interleaved rotary positions."""
+    """Multi-head attention with rotary positions; K heads of keys and values serve N of queries."""
 
     def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
-        D, N, H = config.embed_dim, config.num_heads, config.head_dim
+        D, N, K, H = config.embed_dim, config.num_heads, config.kv_heads, config.head_dim
         lead: Axes = tuple("layers" for _ in stack)
-
-        def projection() -> tuple[Param, Param]:
-            return (declare((*stack, D, N, H), (*lead, "embed", "heads", None), "matrix", std=config.matrix_std),
-                    declare((*stack, N, H), (*lead, "heads", None), "vector"))
-
-        self.q, self.q_bias = projection()
-        self.k, self.k_bias = projection()
-        self.v, self.v_bias = projection()
+        for name, heads, axis in (("q", N, "heads"), ("k", K, _kv_axis(config)), ("v", K, _kv_axis(config))):
+            weight = declare((*stack, D, heads, H), (*lead, "embed", axis, None), "matrix", std=config.matrix_std)
+            setattr(self, name, weight)
+            if config.choices.biases:
+                setattr(self, f"{name}_bias", declare((*stack, heads, H), (*lead, axis, None), "vector"))
         self.o = declare((*stack, N, H, D), (*lead, "heads", None, "embed"), "matrix", std=config.output_std)
-        self.o_bias = declare((*stack, D), (*lead, "embed"), "vector")
+        if config.choices.biases:
+            self.o_bias = declare((*stack, D), (*lead, "embed"), "vector")
         self.config = config
 
     def __call__(self, x_BTD: jax.Array, rotary: Rotary, mask: jax.Array, cache: KV | None = None,
                  at: jax.Array | None = None) -> tuple[jax.Array, KV]:
         """The output [B, T, D] and the keys and values it attended to.
 
-        With a `cache` [B, N, S, H] the T new keys are written at slot `at` (a scalar) and all S slots are attended to.
+        With a `cache` [B, K, S, H] the T new keys are written at slot `at` (a scalar) and all S slots are attended to.
         """
-        heads: Axes = ("batch", "heads", "length", None)
-        q_BNTH = project("btd,dnh->bnth", x_BTD, self.q, self.q_bias, heads)
-        k_BNTH = project("btd,dnh->bnth", x_BTD, self.k, self.k_bias, heads)
-        v_BNTH = project("btd,dnh->bnth", x_BTD, self.v, self.v_bias, heads)
-        matrix = rotary_matrix(self.config)
-        q_BNTH, k_BNTH = rotate(q_BNTH, *rotary, matrix), rotate(k_BNTH, *rotary, matrix)
+        q_BNTH = project("btd,dnh->bnth", x_BTD, self, "q", ("batch", "heads", "length", None))
+        kv: Axes = ("batch", _kv_axis(self.config), "length", None)
+        k_BKTH = project("btd,dnh->bnth", x_BTD, self, "k", kv)
+        v_BKTH = project("btd,dnh->bnth", x_BTD, self, "v", kv)
+        if self.config.rotary_dim:
+            matrix = rotary_matrix(self.config)
+            q_BNTH, k_BKTH = rotate(q_BNTH, *rotary, matrix), rotate(k_BKTH, *rotary, matrix)
         if cache is not None:
             assert at is not None, "a cache is written at a slot"
-            k_BNTH, v_BNTH = (
+            k_BKTH, v_BKTH = (
                 jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
-                for old, new in zip(cache, (k_BNTH, v_BNTH), strict=True)
+                for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
             )
-        mixed_BNTH = attention(q_BNTH, k_BNTH, v_BNTH, mask, causal=cache is None)
-        out_BTD = project("bnth,nhd->btd", mixed_BNTH, self.o, self.o_bias, ("batch", "length", "embed"))
-        return out_BTD, (k_BNTH, v_BNTH)
+        mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), mask, causal=cache is None,
+                               power=self.config.choices.attention_power)
+        out_BTD = project("bnth,nhd->btd", mixed_BNTH, self, "o", ("batch", "length", "embed"))
+        return out_BTD, (k_BKTH, v_BKTH)
+
+    def _shared(self, heads_BKSH: jax.Array) -> jax.Array:
+        """[B, N, S, H]: each head once per head of queries that it serves."""
+        times = self.config.num_heads // self.config.kv_heads
+        if times == 1:
+            return heads_BKSH
+        return jnp.repeat(heads_BKSH, times, axis=1, out_sharding=sharding.used("batch", "heads", "length", None))
+
+
+def _kv_axis(config: ModelConfig) -> str:
+    return "heads" if config.kv_heads == config.num_heads else "kv_heads"
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> KV:
-    """Zeros [L, B, N, S, H] for keys and for values."""
-    shape = (config.num_layers, batch, config.num_heads, slots, config.head_dim)
-    axes = sharding.used("layers", "batch", "heads", "length", None)
+    """Zeros [L, B, K, S, H] for keys and for values."""
+    shape = (config.num_layers, batch, config.kv_heads, slots, config.head_dim)
+    axes = sharding.used("layers", "batch", _kv_axis(config), "length", None)
     return jnp.zeros(shape, dtype, out_sharding=axes), jnp.zeros(shape, dtype, out_sharding=axes)

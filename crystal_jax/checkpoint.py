@@ -6,8 +6,6 @@ checkpoint, manifest.json, then the rolling state of the same step, so that a ki
 """
 
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from crystal_jax import files
 from crystal_jax.config import CheckpointConfig, ModelConfig, check_local, from_dict, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params, map_specs
@@ -177,7 +176,7 @@ def save_weights(folder: Path, params: Params, model: ModelConfig, tokenizer: Pa
     _compare(folder, params, _restore_numpy(partial / WEIGHTS))
     if tokenizer is not None:
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
-    write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
+    files.write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
     partial.replace(folder)
 
 
@@ -206,14 +205,14 @@ def load_weights(path: str | Path) -> Weights:
     check_local("--checkpoint", path)
     folder = Path(path)
     if (folder / INFO).exists():
-        info = read_json(folder / INFO)
+        info = files.read_json(folder / INFO)
         if info.get("format") != FORMAT:
             raise UserError(f"{folder / INFO}: format {info.get('format')}, but this version reads {FORMAT}; use the "
                             "version that wrote it, or a newer one")
         tokenizer, weights = folder / "tokenizer.json", folder / WEIGHTS
     else:
         folder = _rolling(folder)
-        info = read_json(folder / "position" / "metadata")
+        info = files.read_json(folder / "position" / "metadata")
         tokenizer, weights = folder.parent.parent / "tokenizer.json", folder / "params"
     model = from_dict(ModelConfig, info.pop("model", None), f"{folder}: model")
     with _damage(weights, "take another checkpoint"):
@@ -264,27 +263,9 @@ class Calendar:
         """manifest.json anew from the folders: what they say is the truth."""
         entries = []
         for found in sorted(self.run_dir.glob(f"exports/*/*/{INFO}")):
-            info = read_json(found)
+            info = files.read_json(found)
             entries.append({key: value for key, value in info.items() if key not in ("format", "model", "config")}
                            | {"exported": True})
         entries.sort(key=lambda entry: entry["step"])
-        write_json(self.run_dir / "manifest.json", {"format": FORMAT, "plan_hash": plan_hash, "checkpoints": entries})
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes the whole file or leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; the file is missing or damaged") from error
+        manifest = {"format": FORMAT, "plan_hash": plan_hash, "checkpoints": entries}
+        files.write_json(self.run_dir / "manifest.json", manifest)

@@ -23,8 +23,10 @@ COMMANDS = {
     "prepare": ("crystal_jax.data.prepare", "raw documents to a token store"),
     "tokenizer": ("crystal_jax.data.tokenizer_training", "train a tokenizer of one's own"),
     "verify": ("crystal_jax.data.verify", "re-read a token store against its manifest"),
+    "store": ("crystal_jax.data.tfds_export", "a token store as a TFDS dataset"),
     "recipe": ("crystal_jax.recipe", "show the plan of a config"),
     "train": ("crystal_jax.train", "train, or continue a run"),
+    "inspect": ("crystal_jax.inspect", "what a step saw, which steps saw a document, what was consumed"),
     "report": ("crystal_jax.report", "pictures and a page from a run's metrics"),
     "score": ("crystal_jax.score", "log-probabilities of given tokens"),
     "generate": ("crystal_jax.generate", "complete text or code, fill in the middle"),
@@ -76,7 +78,7 @@ def _run(argv: list[str], name: str) -> int:
         if known == name:
             importlib.import_module(module).add_arguments(command)
     args, rest = parser.parse_known_args(argv)
-    overrides = [arg for arg in rest if arg.startswith("--config.") and hasattr(args, "config")]
+    overrides = [arg for arg in rest if arg.startswith("--config.") and getattr(args, "config", None)]
     if unknown := [arg for arg in rest if arg not in overrides]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if isinstance(getattr(args, "config", None), str):

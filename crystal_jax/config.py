@@ -1,7 +1,7 @@
-"""The configuration: typed dataclasses, declared once, and their validation.
+"""The configuration: typed dataclasses, declared once, and their way to plain data and back.
 
-This file owns every field a user can set and the rule each one obeys. It imports the standard library only, and
-nothing is allocated before `validate` has passed.
+This file owns every field a user can set; rules.py owns the rule that each one obeys. Both import the standard library
+only.
 """
 
 import dataclasses
@@ -20,14 +20,44 @@ PUBLISHED_VOCAB = 32032
 DOMAINS = ("text", "code")
 
 
+@dataclass(frozen=True)
+class Family:
+    """The choices in which decoders of one time differ."""
+
+    norm: str
+    """layer (mean and variance; scale and bias) or rms (scale alone)."""
+    mlp: str
+    """gated (SwiGLU) or plain (GELU, in its tanh form)."""
+    positions: str
+    """interleaved or halves (which dims of a head rotate together), or learned (a vector per position)."""
+    biases: bool
+    """On every projection."""
+    tied: bool
+    """Whether the output matrix is the embedding."""
+    attention_power: float
+    """Scores are divided by head_dim to this power."""
+
+
+FAMILIES = {
+    "crystal": Family("layer", "gated", "interleaved", biases=True, tied=True, attention_power=1.0),
+    "llama": Family("rms", "gated", "halves", biases=False, tied=False, attention_power=0.5),
+    "starcoder": Family("layer", "plain", "learned", biases=True, tied=True, attention_power=0.5),
+}
+"""Crystal and the systems that its paper compares it with: Llama 2 and Code Llama, StarCoder (gpt_bigcode)."""
+
+
 @dataclass(unsafe_hash=True)
 class ModelConfig:
-    """The Crystal transformer (LLM360 CrystalCoder, released config.json)."""
+    """The Crystal transformer (LLM360 CrystalCoder, released config.json), or one of another family."""
 
+    family: str = "crystal"
+    """crystal, llama or starcoder."""
     vocab_size: int = PUBLISHED_VOCAB
     embed_dim: int = 4096
     num_layers: int = 32
     num_heads: int = 32
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries; None for as many."""
     mlp_dim: int = 10922
     max_length: int = 2048
     rotary_dim: int = 32
@@ -41,6 +71,14 @@ class ModelConfig:
     """Logits are multiplied by output_scale * width_scale."""
     init_std: float = 0.073
     """Of the embedding; hidden matrices take init_std * sqrt(width_scale)."""
+
+    @property
+    def choices(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
     @property
     def head_dim(self) -> int:
@@ -98,6 +136,8 @@ class Subset:
     """all, even or odd."""
     first: float = 1.0
     """The leading share, in (0, 1]."""
+    cursor: str = "carried"
+    """carried (reading goes on where the last phase with the same files and share stopped) or fresh (anew)."""
 
 
 @dataclass
@@ -147,6 +187,14 @@ class DataConfig:
     seed: int = 1
     fim_mode: str = "local"
     """local (character-level), crystal (as published, with its faults) or none."""
+    packing: str = "concat"
+    """concat (windows over the documents one after the other, as published) or best_fit (`prepare --packing`)."""
+    document_mask: bool = False
+    """Whether attention and positions begin anew at each document; as published they don't."""
+    shuffle: bool = True
+    """Whether each epoch of a source is read in an order of its own; without it, as it was prepared."""
+    check_blocks: bool = False
+    """Whether each block of a store is compared with its checksum when it is first read."""
 
 
 @dataclass
@@ -243,29 +291,7 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def validate(config: Config) -> Config:
-    """The config itself, once every rule holds.
-
-    Raises:
-      UserError: the first rule that doesn't hold: the field's path, its value, the rule.
-    """
-    _check_types(config, "config")
-    _check_model(config.model, config.data.sequence_length)
-    if not config.phases:
-        raise UserError("config.phases: empty; a recipe needs at least one phase")
-    names = [phase.name for phase in config.phases]
-    if len(set(names)) < len(names):
-        raise UserError(f"config.phases: names {names} must differ, since exports are filed under them")
-    for name, source in config.sources.items():
-        _require(bool(source.store), f"config.sources.{name}.store", source.store, "a folder below data.root")
-        _one_of(f"config.sources.{name}.domain", source.domain, DOMAINS)
-    for index, phase in enumerate(config.phases):
-        _check_phase(phase, config, f"config.phases[{index}]")
-    _check_rest(config)
-    return config
-
-
-def _check_types(value: Any, path: str) -> None:
+def check_types(value: Any, path: str) -> None:
     hints = typing.get_type_hints(type(value))
     for name in vars(value):
         if name not in hints:
@@ -280,91 +306,27 @@ def _check_type(value: Any, hint: Any, path: str) -> None:
         if value is not None:
             _check_type(value, next(arg for arg in args if arg is not type(None)), path)
     elif origin is dict:
-        _require(isinstance(value, dict), path, value, "a dict")
+        require(isinstance(value, dict), path, value, "a dict")
         for key, item in value.items():
             _check_type(item, args[1], f"{path}.{key}")
     elif origin is list:
-        _require(isinstance(value, list | tuple), path, value, "a list")
+        require(isinstance(value, list | tuple), path, value, "a list")
         for index, item in enumerate(value):
             _check_type(item, args[0], f"{path}[{index}]")
     elif dataclasses.is_dataclass(hint):
-        _require(isinstance(value, typing.cast(type, hint)), path, value, f"a {typing.cast(type, hint).__name__}")
-        _check_types(value, path)
+        require(isinstance(value, typing.cast(type, hint)), path, value, f"a {typing.cast(type, hint).__name__}")
+        check_types(value, path)
     elif hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(number, path, value, "a finite number")
+        require(number, path, value, "a finite number")
     else:
-        _require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), path, value,
+        require(isinstance(value, hint) and (hint is bool or not isinstance(value, bool)), path, value,
                  {int: "a whole number", str: "a string", bool: "true or false"}[hint])
 
 
-def _require(condition: bool, path: str, value: Any, rule: str) -> None:
+def require(condition: bool, path: str, value: Any, rule: str) -> None:
     if not condition:
         raise UserError(f"{path}: {value!r} must be {rule}")
-
-
-def _positive(owner: Any, path: str, *names: str) -> None:
-    for name in names:
-        _require(getattr(owner, name) > 0, f"{path}.{name}", getattr(owner, name), "above 0")
-
-
-def _one_of(path: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{path}: {value!r} must be one of {', '.join(choices)}")
-
-
-def _check_model(model: ModelConfig, sequence_length: int) -> None:
-    path = "config.model"
-    _positive(model, path, "vocab_size", "embed_dim", "num_layers", "num_heads", "mlp_dim", "max_length", "rotary_base",
-              "norm_eps", "mup_base_width", "embed_scale", "output_scale", "init_std")
-    _require(model.embed_dim % model.num_heads == 0, f"{path}.embed_dim", model.embed_dim,
-             f"a multiple of num_heads = {model.num_heads}")
-    _require(0 <= model.rotary_dim <= model.head_dim and model.rotary_dim % 2 == 0, f"{path}.rotary_dim",
-             model.rotary_dim, f"even and at most the head size {model.head_dim}")
-    _require(1 < sequence_length <= model.max_length, "config.data.sequence_length", sequence_length,
-             f"from 2 to model.max_length = {model.max_length}")
-
-
-def _check_phase(phase: Phase, config: Config, path: str) -> None:
-    _require(bool(phase.name) and phase.name.replace("_", "").replace("-", "").isalnum(), f"{path}.name", phase.name,
-             "letters, digits, - and _ only, since it names a folder")
-    if (phase.steps is None) == (phase.tokens is None):
-        raise UserError(f"{path}: steps = {phase.steps}, tokens = {phase.tokens}: set exactly one of the two")
-    _positive(phase, path, "global_batch_size", "checkpoint_every")
-    budget = "steps" if phase.steps is not None else "tokens"
-    _positive(phase, path, budget)
-    if phase.tokens is not None:
-        per_step = phase.global_batch_size * config.data.sequence_length
-        _require(phase.tokens >= per_step, f"{path}.tokens", phase.tokens, f"at least one step of {per_step} tokens")
-    _check_mix(phase, config, path)
-    for owner, rates in (("fim_rate", phase.fim_rate), ("epochs", phase.epochs), ("subset", phase.subset)):
-        for name in rates:
-            if name not in phase.mix:
-                raise UserError(f"{path}.{owner}.{name}: not in the phase's mix{nearest(name, phase.mix)}")
-    for name, rate in phase.fim_rate.items():
-        _require(0 <= rate <= 1, f"{path}.fim_rate.{name}", rate, "from 0 to 1")
-    _require(0 <= phase.spm_rate <= 1, f"{path}.spm_rate", phase.spm_rate, "from 0 to 1")
-    for name, epochs in phase.epochs.items():
-        _require(epochs > 0, f"{path}.epochs.{name}", epochs, "above 0")
-    for name, subset in phase.subset.items():
-        _one_of(f"{path}.subset.{name}.files", subset.files, ("all", "even", "odd"))
-        _require(0 < subset.first <= 1, f"{path}.subset.{name}.first", subset.first, "in (0, 1]")
-    _one_of(f"{path}.optimizer", phase.optimizer, ("fresh", "carried"))
-    _require(phase.lr.warmup_steps >= 0, f"{path}.lr.warmup_steps", phase.lr.warmup_steps, "0 or more")
-    _positive(phase.lr, f"{path}.lr", "peak", "decay_steps")
-    _require(phase.lr.end >= 0, f"{path}.lr.end", phase.lr.end, "0 or more")
-
-
-def _check_mix(phase: Phase, config: Config, path: str) -> None:
-    _require(bool(phase.mix), f"{path}.mix", phase.mix, "a share for at least one source")
-    for name, weight in phase.mix.items():
-        if name not in config.sources:
-            raise UserError(f"{path}.mix.{name}: no such source{nearest(name, config.sources)}")
-        _require(weight > 0, f"{path}.mix.{name}", weight, "above 0; leave out a source that isn't read")
-    total = math.fsum(phase.mix.values())
-    if abs(total - 1) > 1e-6:
-        raise UserError(f"{path}.mix: the shares sum to {total:.9g}, not 1; divide each by {total:.9g}, or change one "
-                        f"by {1 - total:+.9g}")
 
 
 def check_local(path: str, value: Any) -> None:
@@ -373,25 +335,4 @@ def check_local(path: str, value: Any) -> None:
     Raises:
       UserError: `value` names another kind of storage.
     """
-    _require("://" not in str(value), path, str(value), "a local folder; mount the bucket, or copy it here")
-
-
-def _check_rest(config: Config) -> None:
-    check_local("config.data.root", config.data.root)
-    training, optimizer, checkpoints = config.training, config.optimizer, config.checkpoints
-    _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32"))
-    _one_of("config.training.remat", training.remat, ("full", "none"))
-    _one_of("config.data.fim_mode", config.data.fim_mode, ("local", "crystal", "none"))
-    _one_of("config.checkpoints.export_dtype", checkpoints.export_dtype, ("bfloat16", "float32"))
-    _positive(training, "config.training", "unroll", "log_every", "eval_every", "eval_sequences", "skip_nonfinite")
-    _positive(checkpoints, "config.checkpoints", "every_steps", "keep_last")
-    _positive(optimizer, "config.optimizer", "eps", "clip_norm")
-    for name in ("beta1", "beta2"):
-        value = getattr(optimizer, name)
-        _require(0 <= value < 1, f"config.optimizer.{name}", value, "in [0, 1)")
-    _require(optimizer.weight_decay >= 0, "config.optimizer.weight_decay", optimizer.weight_decay, "0 or more")
-    for axis in ("data", "fsdp", "tensor"):
-        size = getattr(training.mesh, axis)
-        _require(size > 0 or size == -1, f"config.training.mesh.{axis}", size, "above 0, or -1 for what is left")
-    for path, seed in (("config.training.seed", training.seed), ("config.data.seed", config.data.seed)):
-        _require(seed >= 0, path, seed, "0 or more")
+    require("://" not in str(value), path, str(value), "a local folder; mount the bucket, or copy it here")

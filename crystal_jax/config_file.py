@@ -13,8 +13,9 @@ from absl import flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from crystal_jax.config import Config, nearest, validate
+from crystal_jax.config import Config, nearest
 from crystal_jax.errors import UserError
+from crystal_jax.rules import validate
 
 RULES = {int: "a whole number", float: "a number", bool: "true or false"}
 

@@ -1,6 +1,7 @@
 """Held-out loss per domain, on fixed windows, with the loss that any model of unigrams can't beat beside it."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,17 +11,24 @@ from jax.sharding import Mesh
 from crystal_jax import sharding
 from crystal_jax.model import Crystal, Params
 
+Documents = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
 
 class HeldOut:
-    """Call it with parameters for {"heldout": {domain: {loss, tokens, unigram_entropy}}, "seconds"}, in nats."""
+    """Call it with parameters for {"heldout": {domain: {loss, tokens, unigram_entropy}}, "seconds"}, in nats.
 
-    def __init__(self, model: Crystal, windows: dict[str, np.ndarray], batch_size: int, mesh: Mesh):
-        self.windows, self.batch_size, self.mesh = windows, batch_size, mesh
+    With a document mask `documents` gives (segment_ids, positions) of inputs; without it a window is one document.
+    """
+
+    def __init__(self, model: Crystal, windows: dict[str, np.ndarray], batch_size: int, mesh: Mesh,
+                 documents: Documents | None = None):
+        self.windows, self.batch_size, self.mesh, self.documents = windows, batch_size, mesh, documents
         self.entropy = {domain: unigram_entropy(rows[:, 1:]) for domain, rows in windows.items()}
 
         @jax.jit
         def nll(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
-            return model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"])[0]
+            return model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"], batch.get("positions"),
+                                           batch.get("segment_ids"))[0]
 
         self._nll = nll
 
@@ -41,8 +49,10 @@ class HeldOut:
             padded = np.resize(chosen, (self.batch_size, rows.shape[1]))
             mask = np.zeros((self.batch_size, rows.shape[1] - 1), np.float32)
             mask[: len(chosen)] = 1
-            batch = sharding.put_batch(self.mesh, {"inputs": padded[:, :-1], "targets": padded[:, 1:], "mask": mask})
-            total += float(self._nll(params, batch)) * mask.size
+            batch = {"inputs": padded[:, :-1], "targets": padded[:, 1:], "mask": mask}
+            if self.documents is not None:
+                batch["segment_ids"], batch["positions"] = self.documents(batch["inputs"])
+            total += float(self._nll(params, sharding.put_batch(self.mesh, batch))) * mask.size
         return total / rows[:, 1:].size
 
 

@@ -14,11 +14,52 @@ from typing import Any
 
 import numpy as np
 
-from crystal_jax.config import Config, from_dict, validate
+from crystal_jax import files
+from crystal_jax.config import Config, digest, from_dict
 from crystal_jax.errors import UserError
-from crystal_jax.phases import Plan, make_plan
+from crystal_jax.phases import Era, Plan, make_plan
+from crystal_jax.rules import validate
 
 Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """plan.json: what a run's results depend on, now and before each amendment."""
+
+    plan: dict[str, Any]
+    amendments: list[dict[str, Any]]
+    """{"from_step", "plan", "config"}: a recipe that was left and the first step that it didn't decide, in order."""
+
+    @property
+    def hash(self) -> str:
+        """Names the plan in every checkpoint; that of an amended run depends on what it followed before."""
+        before = [{"from_step": left["from_step"], "plan": left["plan"]} for left in self.amendments]
+        return digest({**self.plan, "amendments": before} if before else self.plan)
+
+    @property
+    def eras(self) -> list[Era]:
+        return [Era(left["from_step"], validate(from_dict(Config, left["config"])), left["plan"]["fingerprints"])
+                for left in self.amendments]
+
+    def accepts(self, plan_hash: str, step: int) -> bool:
+        """Whether a checkpoint of `plan_hash` at `step` belongs to this run."""
+        before = [(Record(left["plan"], self.amendments[:index]).hash, left["from_step"])
+                  for index, left in enumerate(self.amendments)]
+        return plan_hash == self.hash or any(plan_hash == known and step <= until for known, until in before)
+
+
+def read_record(run_dir: Path) -> Record:
+    """The plan.json of a run.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    path = run_dir / "plan.json"
+    known = files.read_json(path)
+    if not isinstance(known, dict) or not isinstance(known.get("plan"), dict):
+        raise UserError(f"{path}: damaged: no plan in it; put back the run's own file, or start a new run elsewhere")
+    return Record(known["plan"], known.get("amendments", []))
 
 
 @dataclass(frozen=True)
@@ -91,7 +132,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     if (folder / "manifest.json").exists():
         checkpoints |= {entry["step"]: entry for entry in _read_json(folder / "manifest.json")["checkpoints"]}
     return Run(
-        folder, config, make_plan(config),
+        folder, config, make_plan(config, read_record(folder).eras),
         starts=[line for line in lines if line["kind"] == "start"],
         train=[line for line in lines if line["kind"] == "train"],
         evals=[line for line in lines if line["kind"] == "eval"],
@@ -100,10 +141,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); restore it from a copy") from None
+    data = files.read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a JSON object; restore it from a copy")
     return data

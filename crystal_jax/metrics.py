@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ class Interval:
     def __post_init__(self) -> None:
         self.nll = self.nll or [0.0] * len(self.sources)
         self.tokens = self.tokens or [0.0] * len(self.sources)
+
+    def of(self, sources: list[str]) -> "Interval":
+        """The same sums for these sources: an amended run may have new ones."""
+        nll, tokens = (dict(zip(self.sources, values, strict=True)) for values in (self.nll, self.tokens))
+        return replace(self, sources=sources, nll=[nll.get(name, 0.0) for name in sources],
+                       tokens=[tokens.get(name, 0.0) for name in sources])
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         self.steps += 1

@@ -1,4 +1,4 @@
-"""The Crystal transformer, exactly as published, its parameters, and how they are drawn.
+"""The transformer, for Crystal exactly as published, its parameters, and how they are drawn.
 
 A module holds declarations (layers.py); arrays live in a plain nested dict `params` with the module's own names, which
 is what optimizer, checkpoints and conversion see. `model.bind(params)` joins the two for computing.
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from crystal_jax import loss, sharding
 from crystal_jax.attention import KV, Attention, Rotary, causal_mask
 from crystal_jax.config import ModelConfig
-from crystal_jax.layers import MLP, LayerNorm, Param, ParamSpec, declare, rotary_tables
+from crystal_jax.layers import MLP, Norm, Param, ParamSpec, declare, rotary_tables
 
 Params = dict[str, Any]
 """Nested dict of arrays; layers are stacked on the leading axis."""
@@ -27,9 +27,9 @@ class Block(nnx.Module):
     """One pre-norm layer; declared once for all layers, with their number as leading axis."""
 
     def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
-        self.attn_norm = LayerNorm(config, stack)
+        self.attn_norm = Norm(config, stack)
         self.attn = Attention(config, stack)
-        self.mlp_norm = LayerNorm(config, stack)
+        self.mlp_norm = Norm(config, stack)
         self.mlp = MLP(config, stack)
 
     def __call__(self, h_BTD: jax.Array, rotary: Rotary, mask: jax.Array, cache: KV | None = None,
@@ -40,7 +40,7 @@ class Block(nnx.Module):
 
 
 class Crystal(nnx.Module):
-    """Decoder with tied embeddings, muP multipliers and 1/d attention (LLM360 CrystalCoder).
+    """Pre-norm decoder with muP multipliers; config.choices sets its family (the default: LLM360 CrystalCoder).
 
     `dtype` is that of activations and of weights in products; `remat` and `unroll` choose how the layer loop is
     compiled and change no result beyond rounding.
@@ -50,7 +50,12 @@ class Crystal(nnx.Module):
         V, D, L = config.vocab_size, config.embed_dim, config.num_layers
         self.embed = declare((V, D), ("vocab", "embed"), "embedding", std=config.init_std)
         self.layers = Block(config, (L,))
-        self.final_norm = LayerNorm(config)
+        self.final_norm = Norm(config)
+        if config.choices.positions == "learned":
+            shape = (config.max_length, D)
+            self.positions = declare(shape, ("length", "embed"), "embedding", std=config.init_std)
+        if not config.choices.tied:
+            self.head = declare((V, D), ("vocab", "embed"), "embedding", std=config.init_std)
         self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
 
     def bind(self, params: Params) -> "Crystal":
@@ -82,12 +87,16 @@ class Crystal(nnx.Module):
 
         if self.remat == "full":
             layer = jax.checkpoint(layer)
-        h_BTD, _ = jax.lax.scan(layer, self.embedded(ids_BT), self.layers, unroll=self.unroll)
+        h_BTD, _ = jax.lax.scan(layer, self.embedded(ids_BT, positions_BT), self.layers, unroll=self.unroll)
         return self.final_norm(h_BTD)
 
-    def embedded(self, ids_BT: jax.Array) -> jax.Array:
-        """The stream that enters the first layer [B, T, D]."""
-        return loss.lookup(self.embed[...], ids_BT, jnp.dtype(self.dtype)) * self.config.embed_scale
+    def embedded(self, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The stream that enters the first layer [B, T, D]; positions [B or 1, T]."""
+        h_BTD = loss.lookup(self.embed[...], ids_BT, jnp.dtype(self.dtype)) * self.config.embed_scale
+        if self.config.choices.positions == "learned":
+            positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape, out_sharding=sharding.used("batch", "length"))
+            h_BTD = h_BTD + loss.lookup(self.positions[...], positions_BT, jnp.dtype(self.dtype))
+        return h_BTD
 
     def __call__(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
                  segment_ids_BT: jax.Array | None = None) -> jax.Array:
@@ -95,12 +104,14 @@ class Crystal(nnx.Module):
         return self.logits(self.hidden(ids_BT, positions_BT, segment_ids_BT))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        return loss.logits(hidden_BTD, self.embed[...], self.config.logit_scale)
+        return loss.logits(hidden_BTD, self._output[...], self.config.logit_scale)
 
-    def loss(self, ids_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(self, ids_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
+             positions_BT: jax.Array | None = None,
+             segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(sum(nll * mask) / (B * T), nll [B, T] in nats): masked tokens stay in the denominator, as published."""
-        total, nll_BT = loss.cross_entropy(
-            self.hidden(ids_BT), self.embed[...], targets_BT, mask_BT, self.config.logit_scale)
+        total, nll_BT = loss.cross_entropy(self.hidden(ids_BT, positions_BT, segment_ids_BT), self._output[...],
+                                           targets_BT, mask_BT, self.config.logit_scale)
         return total / targets_BT.size, nll_BT
 
     def extend(self, ids_BT: jax.Array, positions_BT: jax.Array, mask: jax.Array, cache: KV,
@@ -115,8 +126,14 @@ class Crystal(nnx.Module):
             block, old = block_and_cache
             return block(h_BTD, rotary, mask, old, at)
 
-        h_BTD, cache = jax.lax.scan(layer, self.embedded(ids_BT), (self.layers, cache), unroll=self.unroll)
+        h_BTD = self.embedded(ids_BT, positions_BT)
+        h_BTD, cache = jax.lax.scan(layer, h_BTD, (self.layers, cache), unroll=self.unroll)
         return self.final_norm(h_BTD), cache
+
+    @property
+    def _output(self) -> Param:
+        """The matrix [V, D] that gives the logits."""
+        return self.embed if self.config.choices.tied else self.head
 
     @property
     def _wide(self) -> jnp.dtype:

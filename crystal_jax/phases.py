@@ -10,7 +10,8 @@ A sequence is `data.sequence_length` tokens that are predicted; `step` counts op
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -42,6 +43,69 @@ def quotas(mix: Mapping[str, float], sequences: int) -> dict[str, int]:
     return counts
 
 
+def share(position, quota: int, total: int):
+    """round(position * quota / total), halves up: how many of the first `position` places belong to the quota.
+
+    For ints and for arrays of them.
+    """
+    return (position * quota + total // 2) // total if total else position * 0
+
+
+def dealing_order(quotas: Mapping[str, int]) -> list[str]:
+    """Sources in the order in which they are spread over the positions: the largest first, ties by name."""
+    return sorted(quotas, key=lambda name: (-quotas[name], name))
+
+
+def dealt(quotas: Mapping[str, int], position: int) -> dict[str, int]:
+    """Sequences that each source has given before `position` of a stretch with these quotas.
+
+    The largest source is spread evenly over all positions, the next over the positions that are left, and so on.
+    """
+    counts, left, total = {}, position, sum(quotas.values())
+    for name in dealing_order(quotas):
+        counts[name] = share(left, quotas[name], total)
+        left, total = left - counts[name], total - quotas[name]
+    return counts
+
+
+@dataclass(frozen=True)
+class Era:
+    """A recipe that a run followed until it was amended."""
+
+    until: int
+    """Global step of the first update that it didn't decide."""
+    config: Config
+    fingerprints: dict[str, str]
+    """Of its tokenizer and token stores."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Updates of one phase whose sources are dealt out by one set of quotas: a phase, or its part after an amendment.
+
+    A segment that an amendment cut short keeps the quotas of its full length: what it has dealt stays as it was.
+    """
+
+    phase: Phase
+    index: int
+    """Of the phase."""
+    era: int
+    """Index into the run's recipes; the last is the present one."""
+    start: int
+    """Global step of its first update."""
+    steps: int
+    quotas: dict[str, int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.steps
+
+    def given(self, step: int) -> dict[str, int]:
+        """Sequences that each source has given to this segment before the update at global `step`."""
+        done = min(max(step - self.start, 0), self.steps)
+        return dealt(self.quotas, done * self.phase.global_batch_size)
+
+
 @dataclass(frozen=True)
 class PhasePlan:
     """A phase placed in its run."""
@@ -71,6 +135,8 @@ class Plan:
     """A whole run as numbers."""
 
     phases: tuple[PhasePlan, ...]
+    segments: tuple[Segment, ...]
+    """One per phase, and one more for every amendment in the middle of one."""
     sequence_length: int
 
     @property
@@ -111,24 +177,52 @@ class Plan:
     def tokens(self, step: int) -> int:
         """Tokens trained on after `step` updates."""
         return sum(
-            min(max(step - placed.start, 0), placed.steps) * placed.phase.global_batch_size * self.sequence_length
-            for placed in self.phases
+            min(max(step - segment.start, 0), segment.steps) * segment.phase.global_batch_size * self.sequence_length
+            for segment in self.segments
         )
+
+    def counts(self, step: int) -> dict[str, int]:
+        """Sequences that each source has given to the first `step` updates of the run."""
+        total: Counter[str] = Counter()
+        for segment in self.segments:
+            total.update(segment.given(step))
+        return dict(total)
 
 
 def checkpoint_name(phase: str, phase_step: int) -> str:
     return f"{phase}/step_{phase_step:06d}"
 
 
-def make_plan(config: Config) -> Plan:
-    """The plan of a validated config."""
+def make_plan(config: Config, eras: Sequence[Era] = ()) -> Plan:
+    """The plan of a validated config, in a run that followed `eras`, one after the other, before it."""
+    segments: list[Segment] = []
+    begun = 0
+    for era, recipe in enumerate([*(era.config for era in eras), config]):
+        until = eras[era].until if era < len(eras) else None
+        segments += _segments(recipe, era, begun, until)
+        begun = until or 0
     placed, start = [], 0
     for index, phase in enumerate(config.phases):
         steps = phase_steps(phase, config.data.sequence_length)
-        counts = quotas(phase.mix, steps * phase.global_batch_size)
-        placed.append(PhasePlan(phase, index, start, steps, counts))
+        counts: Counter[str] = Counter()
+        for segment in segments:
+            if segment.index == index:
+                counts.update(segment.given(segment.end))
+        placed.append(PhasePlan(phase, index, start, steps, dict(counts)))
         start += steps
-    return Plan(tuple(placed), config.data.sequence_length)
+    return Plan(tuple(placed), tuple(segments), config.data.sequence_length)
+
+
+def _segments(config: Config, era: int, begun: int, until: int | None) -> Iterator[Segment]:
+    """What a recipe decides from the update at `begun` up to, not including, the one at `until`."""
+    start = 0
+    for index, phase in enumerate(config.phases):
+        end = start + phase_steps(phase, config.data.sequence_length)
+        first, last = max(start, begun), end if until is None else min(end, until)
+        if first < last:
+            counts = quotas(phase.mix, (end - first) * phase.global_batch_size)
+            yield Segment(phase, index, era, first, last - first, counts)
+        start = end
 
 
 def learning_rate(lr: LearningRate, phase_step: int) -> float:

@@ -58,6 +58,10 @@ class Clock:
         if waiting:
             self._take(*waiting)
 
+    def logs(self, done: int) -> bool:
+        """Whether a line is logged after `done` updates."""
+        return done % self.config.log_every == 0 or done == self.plan.done(done)[0].end
+
     def paused(self) -> "Clock":
         return self
 
@@ -81,8 +85,8 @@ class Clock:
             raise FatalError(f"step {done}: loss {found['loss']}, gradient norm {found['grad_norm']}: not finite for "
                              f"{self.nonfinite} updates in a row (config.training.skip_nonfinite = "
                              f"{self.config.skip_nonfinite}); lower the learning rate, or look at these steps' data")
-        placed, _ = self.plan.done(done)
-        if done % self.config.log_every == 0 or done == placed.end:
+        if self.logs(done):
+            placed, _ = self.plan.done(done)
             now = time.perf_counter()
             step_seconds = (self.interval.seconds + now - self.since) / max(1, self.interval.steps - self.untimed)
             tokens = placed.phase.global_batch_size * self.plan.sequence_length

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from crystal_jax.config import Config, ModelConfig, Subset
-from crystal_jax.data.schedule import Interleave
 from crystal_jax.data.store import MANIFEST, TokenStore
 from crystal_jax.phases import PhasePlan, Plan, checkpoint_name, code_share, learning_rate, make_plan
 
@@ -25,12 +24,14 @@ Sizes = dict[tuple[str, str], float]
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Trainable numbers in the model: 6,575,278,720 at Crystal's size. The head is the embedding."""
-    width, inner = model.embed_dim, model.mlp_dim
-    norm = 2 * width
-    attention = 4 * (width * width + width)
-    mlp = 3 * width * inner + 2 * inner + width
-    return model.vocab_size * width + model.num_layers * (2 * norm + attention + mlp) + norm
+    """Trainable numbers in the model: 6,575,278,720 at Crystal's size."""
+    choices, width, inner, keys = model.choices, model.embed_dim, model.mlp_dim, model.kv_heads * model.head_dim
+    norm = width * (2 if choices.norm == "layer" else 1)
+    widening = 2 if choices.mlp == "gated" else 1
+    attention = 2 * width * (width + keys) + choices.biases * (2 * width + 2 * keys)
+    mlp = (widening + 1) * width * inner + choices.biases * (widening * inner + width)
+    embeddings = model.vocab_size * (1 if choices.tied else 2) + model.max_length * (choices.positions == "learned")
+    return embeddings * width + model.num_layers * (2 * norm + attention + mlp) + norm
 
 
 def training_flops(parameters: int, tokens: int) -> int:
@@ -149,11 +150,7 @@ def describe_step(config: Config, step: int) -> dict[str, Any]:
     plan = make_plan(config)
     done, phase_step = plan.done(step)
     coming, coming_step = plan.at(step)
-    sequences = dict.fromkeys(config.sources, 0)
-    for placed in plan.phases[: done.index + 1]:
-        taken = min(step - placed.start, placed.steps) * placed.phase.global_batch_size
-        for name, count in Interleave.make(placed.quotas).counts(taken).items():
-            sequences[name] += int(count)
+    sequences = {**dict.fromkeys(config.sources, 0), **plan.counts(step)}
     return {
         "step": step,
         "phase": done.phase.name,

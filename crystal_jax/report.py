@@ -10,6 +10,7 @@ import os
 import time
 from pathlib import Path
 
+from crystal_jax import files
 from crystal_jax.history import Line, Run, load_run
 from crystal_jax.phases import code_share
 from crystal_jax.recipe import human
@@ -37,11 +38,8 @@ def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]
     folder = Path(output) if output else run.folder / "report"
     pictures = draw_all(run)
     text = make_page(run, pictures)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, data in {**pictures, "report.html": text.encode()}.items():
-        unfinished = folder / f".{name}.tmp"
-        unfinished.write_bytes(data)
-        os.replace(unfinished, folder / name)
+        files.write_bytes(folder / name, data)
     return folder / "report.html"
 
 

@@ -1,7 +1,6 @@
 """A run's folder and its identity: config.json, plan.json, and whether a command may go on with what lies there."""
 
 import fcntl
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,48 +11,57 @@ import jax
 import numpy as np
 import optax
 
-from crystal_jax import __version__
-from crystal_jax.checkpoint import newest_state, read_json, write_json
-from crystal_jax.config import Config, check_local, digest, to_dict
+from crystal_jax import __version__, files
+from crystal_jax.amend import amended, set_aside
+from crystal_jax.checkpoint import newest_state
+from crystal_jax.config import Config, check_local, to_dict
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import UserError
+from crystal_jax.history import Record, read_record
 
 
-def check(run_dir: Path, plan: dict[str, Any]) -> str:
-    """The hash of `plan`, once `run_dir` is a folder that may be begun or continued with it. Writes nothing.
+def check(run_dir: Path, plan: dict[str, Any], config: Config, amend_from: int | None = None) -> Record:
+    """What plan.json is to say, once `run_dir` is a folder that may be begun or continued with `plan`. Writes nothing.
 
     Where a state is saved, what the run began from is in it: `init_from` is taken from the folder then.
 
     Raises:
-      UserError: a folder of something else, or of another plan: the fields that differ.
+      UserError: a folder of something else, or of another plan: the fields that differ; an amendment that can't be.
     """
     check_local("--run_dir", run_dir)
-    path = run_dir / "plan.json"
-    if not path.exists():
+    if not (run_dir / "plan.json").exists():
         # A kill may have left the first files of a run that was just being begun.
         strangers = [entry.name for entry in run_dir.iterdir()
                      if entry.name != "tokenizer.json" and not entry.name.startswith(".")] if run_dir.is_dir() else []
         if strangers or (run_dir.exists() and not run_dir.is_dir()):
             raise UserError(f"{run_dir}: not empty and no run's folder (it has no plan.json); name a new one")
-        return digest(plan)
-    known = read_json(path)
-    if not isinstance(known, dict) or not isinstance(known.get("plan"), dict):
-        raise UserError(f"{path}: damaged: no plan in it; put back the run's own file, or start a new run elsewhere")
+        if amend_from is not None:
+            raise UserError(f"--amend_from={amend_from}: {run_dir} holds no run to amend; leave the flag out")
+        return Record(plan, [])
+    known = read_record(run_dir)
     if newest_state(run_dir) is not None:
-        plan = {**plan, "init_from": known["plan"].get("init_from")}
-    if changes := differences(known["plan"], plan):
+        plan = {**plan, "init_from": known.plan.get("init_from")}
+    changes = differences(known.plan, plan)
+    if not changes and amend_from is not None and amend_from not in [left["from_step"] for left in known.amendments]:
+        raise UserError(f"--amend_from={amend_from}: {run_dir} follows this very plan; change it, or leave the flag out")
+    if not changes:
+        return known
+    if amend_from is None:
         raise UserError(f"{run_dir}: its plan differs: {'; '.join(changes[:3])}"
-                        f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; undo the change, or start a "
-                        "new run in another --run_dir")
-    return digest(plan)
+                        f"{f' and {len(changes) - 3} more' if len(changes) > 3 else ''}; undo the change, start a new "
+                        "run in another --run_dir, or make it from a saved step on with --amend_from=STEP")
+    return amended(run_dir, known, plan, changes, config, amend_from)
 
 
-def begin(run_dir: Path, plan: dict[str, Any], config: Config, tokenizer: Path) -> None:
+def begin(run_dir: Path, record: Record, config: Config, tokenizer: Path) -> None:
     """Writes a new run's plan.json and tokenizer.json, and what this command runs with."""
-    if not (run_dir / "plan.json").exists():
-        shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
-        write_json(run_dir / "plan.json", {"hash": digest(plan), "plan": plan})
-    write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
+    path = run_dir / "plan.json"
+    if not path.exists():
+        files.write_bytes(run_dir / "tokenizer.json", tokenizer.read_bytes())
+    if not path.exists() or read_record(run_dir) != record:
+        files.write_json(path, {"hash": record.hash, "plan": record.plan, "amendments": record.amendments})
+    set_aside(run_dir, record)
+    files.write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
 
 
 @contextmanager
@@ -83,7 +91,9 @@ def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> 
     plan = to_dict(config)
     training = plan.pop("training")
     # Where things lie and what is kept decides no result; stated epochs are only a limit.
-    del plan["name"], plan["checkpoints"], plan["data"]["root"], plan["data"]["tokenizer"]
+    del plan["name"], plan["checkpoints"]
+    for name in ("root", "tokenizer", "check_blocks"):
+        del plan["data"][name]
     for phase in plan["phases"]:
         del phase["checkpoint_every"], phase["epochs"]
     plan["sources"] = {name: source["domain"] for name, source in plan["sources"].items()}

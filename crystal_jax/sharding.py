@@ -26,6 +26,7 @@ STORED: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
+    "kv_heads": None,
     "mlp": "tensor",
     "vocab": "tensor",
     "batch": ("data", "fsdp"),

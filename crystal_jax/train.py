@@ -22,9 +22,11 @@ from jax.sharding import Mesh
 from crystal_jax import recipe, sharding
 from crystal_jax.checkpoint import Calendar, RollingStates, Weights, fingerprint, load_weights, newest_state
 from crystal_jax.config import Config, to_dict
-from crystal_jax.data.pipeline import Batches, Stores, heldout
+from crystal_jax.data.pipeline import Batches, Stores, batch_hash, heldout
+from crystal_jax.data.rows import segments
 from crystal_jax.errors import UserError
 from crystal_jax.evaluate import HeldOut
+from crystal_jax.history import Record, read_record
 from crystal_jax.metrics import Interval, MetricsLog
 from crystal_jax.model import Crystal, Params, abstract_params, init_params, map_specs, parameter_count
 from crystal_jax.optimizer import apply_updates, make_optimizer, moments, with_moments
@@ -36,27 +38,33 @@ PREEMPTED = 3
 """Exit code: stopped by a signal, with everything saved."""
 
 
-def train(config: Config, run_dir: str | Path, init_from: str | Path | None = None) -> int:
-    """Trains, or continues the run in `run_dir`; returns the exit code, 0 or PREEMPTED.
+def train(config: Config, run_dir: str | Path, init_from: str | Path | None = None,
+          amend_from: int | None = None) -> int:
+    """Trains, or continues the run in `run_dir`, with a changed recipe from step `amend_from` on.
+
+    Returns the exit code, 0 or PREEMPTED.
 
     Raises:
       UserError: before any work, for data, a mesh or a run's folder that doesn't fit the config.
       FatalError: more non-finite updates in a row than config.training.skip_nonfinite.
     """
     with Signals() as signals:
-        run, weights = open_run(config, Path(run_dir), init_from)
-        if newest_state(run.run_dir) == run.plan.total_steps:
+        run, weights = open_run(config, Path(run_dir), init_from, amend_from)
+        if newest_state(run.run_dir) == run.plan.total_steps and read_record(run.run_dir) == run.record:
             print(f"{run.run_dir}: done already, all {run.plan.total_steps} steps", file=sys.stderr)
             return 0
         with locked(run.run_dir), jax.set_mesh(run.mesh):
-            begin(run.run_dir, run.identity, config, run.stores.tokenizer.path)
+            begin(run.run_dir, run.record, config, run.stores.tokenizer.path)
             state, start, interval = run.restore(weights)
             windows = heldout(config, run.stores)
-            evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh)
+            ids = run.stores.tokenizer
+            documents = partial(segments, bos_id=ids.bos_id, eos_id=ids.eos_id) if config.data.document_mask else None
+            evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh, documents)
             return run.loop(state, start, interval, evaluator, signals)
 
 
-def open_run(config: Config, run_dir: Path, init_from: str | Path | None) -> tuple["Run", Weights | None]:
+def open_run(config: Config, run_dir: Path, init_from: str | Path | None = None,
+             amend_from: int | None = None) -> tuple["Run", Weights | None]:
     """A run that passed every check, and the weights it begins with if they are given. Writes nothing.
 
     Raises:
@@ -75,8 +83,8 @@ def open_run(config: Config, run_dir: Path, init_from: str | Path | None) -> tup
         if changes := differences(to_dict(weights.model), to_dict(config.model), "config.model"):
             raise UserError(f"--init_from={init_from}: {'; '.join(changes)}; the model must be the checkpoint's")
     began_with = None if weights is None else fingerprint(weights.params)
-    identity = results_depend_on(config, stores, began_with)
-    return Run(config, run_dir, mesh, stores, identity), weights
+    record = check(run_dir, results_depend_on(config, stores, began_with), config, amend_from)
+    return Run(config, run_dir, mesh, stores, record), weights
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +100,8 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: dict[str, jax.Array], lr: jax.Array):
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            return model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"])
+            return model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"],
+                                           batch.get("positions"), batch.get("segment_ids"))
 
         (loss, nll_BT), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grad_norm = optax.tree.norm(grads)
@@ -121,11 +130,11 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
 class Run:
     """A run in progress: what every step of the loop needs to know."""
 
-    def __init__(self, config: Config, run_dir: Path, mesh: Mesh, stores: Stores, identity: dict[str, Any]):
+    def __init__(self, config: Config, run_dir: Path, mesh: Mesh, stores: Stores, record: Record):
         training = config.training
         self.config, self.run_dir, self.mesh, self.stores = config, run_dir, mesh, stores
-        self.identity, self.plan_hash = identity, check(run_dir, identity)
-        self.batches = Batches(config, stores)
+        self.record, self.plan_hash = record, record.hash
+        self.batches = Batches(config, stores, eras=record.eras)
         self.plan = self.batches.plan
         self.calendar = Calendar(run_dir)
         self.model = Crystal(config.model, training.dtype, training.remat, training.unroll)
@@ -150,11 +159,11 @@ class Run:
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(self.mesh))
         found, position = self.states.restore(
             step, {"params": self.abstract, "moments": {"count": count, "mu": self.abstract, "nu": self.abstract}})
-        if position["plan_hash"] != self.plan_hash:
+        if not self.record.accepts(position["plan_hash"], step):
             raise UserError(f"{self.states.folder}/{step}: a state of plan {position['plan_hash']}, but this run's is "
                             f"{self.plan_hash}; it was copied from another run: move it away")
         state = TrainState(found["params"], with_moments(self._fresh(), found["moments"]))
-        return state, step, Interval(**position["interval"])
+        return state, step, Interval(**position["interval"]).of(sorted(self.config.sources))
 
     def _fresh(self) -> optax.OptState:
         """Zero moments, laid out like the parameters."""
@@ -176,6 +185,7 @@ class Run:
         for domain in sorted({source.domain for source in self.config.sources.values()} - evaluator.windows.keys()):
             self.progress.note(f"no held-out tokens of {domain}; `prepare --heldout` sets their share")
         clock = Clock(self.config.training, self.plan, interval, self.report)
+        self.hashes: dict[int, str] = {}
         batches = self.batches.iterate(start)
         stopped = False
         for step in range(start, self.plan.total_steps):
@@ -183,7 +193,10 @@ class Run:
             if phase_step == 0 and step and placed.phase.optimizer == "fresh":
                 state = TrainState(state.params, self._fresh())
             lr = jax.device_put(np.float32(self.plan.learning_rate(step)), sharding.replicated(self.mesh))
-            state, metrics = self.train_step(state, sharding.put_batch(self.mesh, next(batches)), lr)
+            batch = next(batches)
+            state, metrics = self.train_step(state, sharding.put_batch(self.mesh, batch), lr)
+            if clock.logs(step + 1):
+                self.hashes[step + 1] = batch_hash(batch)
             clock.dispatched(step + 1, metrics)
             stopped = signals.received is not None and step + 1 < self.plan.total_steps
             self.keep(step + 1, state, clock, evaluator, stopped)
@@ -220,7 +233,8 @@ class Run:
 
     def report(self, done: int, record: dict[str, Any]) -> None:
         """What is due at a log interval; background saves that failed surface here."""
-        self.log.write("train", done, **self.place(done), **self.consumed(done), **record)
+        self.log.write("train", done, **self.place(done), **self.consumed(done), batch_hash=self.hashes.pop(done),
+                       **record)
         self.progress.show(done, record)
         self.states.check()
 
@@ -241,9 +255,10 @@ class Run:
                 "versions": versions()}
 
 
-def dry_run(config: Config, run_dir: str | Path, init_from: str | Path | None = None) -> str:
+def dry_run(config: Config, run_dir: str | Path, init_from: str | Path | None = None,
+            amend_from: int | None = None) -> str:
     """The plan, the mesh and the bytes per device, after every check that `train` makes before it works."""
-    run, _ = open_run(config, Path(run_dir), init_from)
+    run, _ = open_run(config, Path(run_dir), init_from, amend_from)
     lines = [recipe.render(recipe.describe(config)), "",
              f"mesh {dict(run.mesh.shape)} on {run.mesh.devices.flat[0].device_kind}"]
     total = 0
@@ -268,12 +283,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="configs/X.py[:VARIANT]; --config.a.b=VALUE overrides a field")
     parser.add_argument("--run_dir", required=True, help="the run's folder: a new one, or one to continue")
     parser.add_argument("--init_from", help="start from the weights of this checkpoint, with fresh optimizer state")
+    parser.add_argument("--amend_from", type=int, metavar="STEP",
+                        help="follow a changed recipe from this saved step on, and record that")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, train nothing")
 
 
 def main(args: argparse.Namespace) -> int:
     use_compilation_cache()
     if args.dry_run:
-        print(dry_run(args.config, args.run_dir, args.init_from))
+        print(dry_run(args.config, args.run_dir, args.init_from, args.amend_from))
         return 0
-    return train(args.config, args.run_dir, args.init_from)
+    return train(args.config, args.run_dir, args.init_from, args.amend_from)

@@ -7,11 +7,15 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from gcs import Emulator
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTER_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
@@ -70,3 +74,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from world import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Emulator"]:
+    """A gs:// of its own, of which `gcs.folder()` gives an unused folder; see gcs.py."""
+    pytest.importorskip("gcsfs", reason="needs gcsfs and gcp-storage-emulator: pip install -r requirements/data.txt")
+    from gcs import emulator
+
+    with emulator(tmp_path_factory.mktemp("gcs")) as started:
+        yield started

@@ -12,8 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from crystal_jax import checkpoint, sharding
-from crystal_jax.checkpoint import Calendar, RollingStates, check_tree, load_weights, save_weights, write_json
+from crystal_jax import checkpoint, files, sharding
+from crystal_jax.checkpoint import Calendar, RollingStates, check_tree, load_weights, save_weights
 from crystal_jax.config import CheckpointConfig, MeshConfig, ModelConfig, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, abstract_params, init_params
@@ -174,10 +174,10 @@ def test_what_is_no_checkpoint_or_a_newer_one_is_refused(tmp_path: Path, state: 
     save_weights(tmp_path / "w", host(state["params"]), MODEL, None, {})
     info = tmp_path / "w" / "checkpoint.json"
     original = json.loads(info.read_text())
-    write_json(info, {**original, "format": 2})
+    files.write_json(info, {**original, "format": 2})
     with pytest.raises(UserError, match="format 2, but this version reads 1"):
         load_weights(tmp_path / "w")
-    write_json(info, {**original, "model": {**original["model"], "num_layers": 3}})
+    files.write_json(info, {**original, "model": {**original["model"], "num_layers": 3}})
     with pytest.raises(UserError, match=r"is float32\[2, .*\], but the model wants float32\[3"):
         load_weights(tmp_path / "w")
     info.write_text("{")
@@ -211,11 +211,3 @@ def test_a_full_disk_is_one_line(tmp_path: Path, state: dict, monkeypatch) -> No
     monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", full)
     with pytest.raises(UserError, match="no space left"):
         kept.check()
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "a" / "b.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a" / "b.json", {"x": object()})
-    assert checkpoint.read_json(tmp_path / "a" / "b.json") == {"x": 1}
-

@@ -22,9 +22,9 @@ from crystal_jax.config import (
     from_dict,
     nearest,
     to_dict,
-    validate,
 )
 from crystal_jax.errors import FatalError, UserError
+from crystal_jax.rules import validate
 
 from configs import crystal_7b, crystal_tiny
 
@@ -226,7 +226,7 @@ def test_fields_that_are_absent_take_their_defaults() -> None:
     ({"phases": [{"mixx": {}}]}, "config.phases[0].mixx: unknown field; did you mean mix?"),
     ({"phases": [{}, {"lr": {"paek": 1.0}}]}, "config.phases[1].lr.paek: unknown field; did you mean peak?"),
     ({"sources": {"text": {"stoer": "x"}}}, "config.sources.text.stoer: unknown field; did you mean store?"),
-    ({"phases": [{"subset": {"a": {"zzz": 1}}}]}, "config.phases[0].subset.a.zzz: unknown field; known: files, first"),
+    ({"phases": [{"subset": {"a": {"zzz": 1}}}]}, "config.phases[0].subset.a.zzz: unknown field; known: cursor, files, first"),
     ({"model": 3}, "config.model: 3 should be an object with the fields of ModelConfig"),
     ({"phases": {"a": 1}}, "config.phases: {'a': 1} must be a list"),
     ({"phases": [{"steps": "10"}]}, "config.phases[0].steps: '10' must be a whole number"),

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from world import tiny_600
 
-from crystal_jax.config import to_dict, validate
+from crystal_jax.config import to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.history import load_run, read_metrics
+from crystal_jax.rules import validate
 
 
 def start(step: int = 0) -> dict[str, Any]:
@@ -181,10 +182,10 @@ def test_checkpoints_come_from_the_log_until_a_manifest_lists_them(run_dir: Path
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("config.json", "{", "config.json: not JSON"),
+    ("config.json", "{", "config.json: Expecting property name"),
     ("config.json", "[]", "config.json: not a JSON object"),
     ("config.json", '{"modle": {}}', "config.modle: unknown field; did you mean model?"),
-    ("manifest.json", "[", "manifest.json: not JSON"),
+    ("manifest.json", "[", "manifest.json: Expecting value"),
 ])
 def test_damaged_files_of_a_run_are_named(name: str, text: str, message: str, run_dir: Path) -> None:
     (run_dir / name).write_text(text)

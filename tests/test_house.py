@@ -75,7 +75,7 @@ def test_the_lock_satisfies_the_project() -> None:
     wanted = {"requirements.txt": project["project"]["dependencies"],
               "requirements/dev.txt": project["dependency-groups"]["dev"],
               "requirements/torch.txt": project["project"]["optional-dependencies"]["torch"],
-              "requirements/data.txt": [requirement for extra in ("seqio", "beam", "gcs", "fast")
+              "requirements/data.txt": [requirement for extra in ("seqio", "beam", "gcs", "fast", "gguf")
                                         for requirement in project["project"]["optional-dependencies"][extra]]}
     for file, requirements in wanted.items():
         versions = locked(file)

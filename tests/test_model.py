@@ -62,14 +62,14 @@ def inside(request: pytest.FixtureRequest, originals: dict[str, dict[str, np.nda
     model = Crystal(oracle.MODEL, {"f32": "float32", "f64": "float64"}[request.param])
     seen: list[tuple[jax.Array, ...]] = []
 
-    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
-        seen.append((q, k, v, attention(q, k, v, mask, causal)))
+    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool, power: float) -> jax.Array:
+        seen.append((q, k, v, attention(q, k, v, mask, causal, power)))
         return seen[-1][-1]
 
     def walk(params: dict[str, Any]) -> dict[str, Any]:
         bound = model.bind(params)
         rotary = rotary_tables(oracle.MODEL, jnp.arange(ids.shape[1])[None, :], jnp.dtype(model.dtype))
-        streams = [bound.embedded(ids)]
+        streams = [bound.embedded(ids, jnp.arange(ids.shape[1])[None, :])]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention_module, "attention", recorded)
             for layer in range(oracle.MODEL.num_layers):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from world import tiny_600
 
-from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, Source, validate
+from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, Source
 from crystal_jax.errors import UserError
 from crystal_jax.phases import (
     Scale,
@@ -22,6 +22,7 @@ from crystal_jax.phases import (
     quotas,
     scaled,
 )
+from crystal_jax.rules import validate
 
 from configs import crystal_7b, crystal_tiny
 

@@ -2,14 +2,19 @@
 
 import copy
 import dataclasses
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from world import make_config
 
 from crystal_jax.config import Config, Subset
-from crystal_jax.data.pipeline import Batches, Stores, heldout
+from crystal_jax.data.packing import write_plan
+from crystal_jax.data.pipeline import Batches, Stores, batch_hash, heldout
 from crystal_jax.errors import UserError
 
 NO_FIM = "none"
@@ -28,6 +33,17 @@ def stores(config: Config) -> Stores:
 @pytest.fixture(scope="module")
 def batches(config: Config, stores: Stores) -> Batches:
     return Batches(config, stores)
+
+
+@pytest.fixture(scope="module")
+def packed_world(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Stores]:
+    """The world with a packing plan in each store."""
+    root = tmp_path_factory.mktemp("packed") / "world"
+    shutil.copytree(world, root)
+    for name in ("text", "code"):
+        write_plan(root / name, 32)
+    config = make_config(root)
+    return config, Stores(config)
 
 
 def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -80,31 +96,106 @@ def unshuffled(config: Config) -> Config:
 
 def test_without_fim_each_row_is_a_window_of_its_subset_each_once_an_epoch(config: Config, stores: Stores) -> None:
     batches = Batches(unshuffled(config), stores)
-    for placed in batches.plan.phases:
-        for name, reading in batches.readings[placed.index].items():
-            epoch, row = batches.rows(reading, np.arange(placed.quotas[name]))
-            for e in np.unique(epoch):
-                assert len(set(row[epoch == e])) == (epoch == e).sum(), "a row twice in an epoch"
-            one = np.arange(reading.rows) - reading.cursor % reading.rows + reading.rows
-            epochs, rows = batches.rows(reading, one)
-            assert len(set(epochs)) == 1 and sorted(rows) == list(range(reading.rows))
-    step = 3
-    seen, names = batches[step], sorted(config.sources)
-    interleave = batches.interleaves[0]
-    source, ordinal = interleave.locate(np.arange(step * 8, step * 8 + 8))
-    for at in range(8):
-        reading = batches.readings[0][interleave.names[source[at]]]
-        row = batches.rows(reading, ordinal[at : at + 1])[1][0]
-        window = reading.view.read(int(row) * 32, 33)
-        assert names[seen["source"][at]] == reading.name
-        assert np.array_equal(seen["inputs"][at], window[:-1]) and np.array_equal(seen["targets"][at], window[1:])
+    names, seen = sorted(config.sources), Counter()
+    for step in range(len(batches)):
+        batch, draws = batches[step], batches.draws(step)
+        assert [draw.slot for draw in draws] == list(range(8))
+        for draw in draws:
+            window = draw.reading.rows.view.read(draw.row * 32, 33)
+            assert names[batch["source"][draw.slot]] == draw.source
+            assert np.array_equal(batch["inputs"][draw.slot], window[:-1])
+            assert np.array_equal(batch["targets"][draw.slot], window[1:])
+            seen[draw.reading.key, draw.epoch, draw.row] += 1
+            assert (step, draw.slot, draw.epoch) in batches.steps_of(draw.reading, draw.row)
+    assert set(seen.values()) == {1}, "a row twice in an epoch"
+    for key in {key for key, _, _ in seen}:
+        size = next(reading.rows.num_rows for phase in batches.readings for reading in phase.values()
+                    if reading.key == key)
+        epochs = Counter(epoch for k, epoch, _ in seen if k == key)
+        assert all(epochs[epoch] == size for epoch in range(max(epochs))), "an epoch is whole before the next"
 
 
-def test_epochs_are_in_different_orders(batches: Batches) -> None:
-    reading = batches.readings[1]["code"]
-    whole = np.arange(reading.rows) - reading.cursor
-    first, second = (batches.rows(reading, whole + epoch * reading.rows)[1] for epoch in (1, 2))
-    assert sorted(first) == sorted(second) and not np.array_equal(first, second)
+def orders(batches: Batches, source: str) -> dict[int, list[int]]:
+    """Epoch to the rows of a source in the order in which the run reads them, phase 2 on."""
+    read: dict[int, list[int]] = {}
+    for step in range(6, len(batches)):
+        for draw in batches.draws(step):
+            if draw.source == source:
+                read.setdefault(draw.epoch, []).append(draw.row)
+    return read
+
+
+def longer(config: Config, steps: int = 900, **data: object) -> Config:
+    config = copy.deepcopy(config)
+    config.phases[1].steps = steps
+    config.data = dataclasses.replace(config.data, **data)
+    return config
+
+
+def test_epochs_are_in_different_orders(config: Config, stores: Stores) -> None:
+    read = orders(Batches(longer(config), stores), "code")
+    assert sorted(read[1]) == sorted(read[2]) and read[1] != read[2]
+
+
+def test_without_shuffling_each_epoch_is_in_the_order_of_the_store(config: Config, stores: Stores) -> None:
+    read = orders(Batches(longer(config, shuffle=False), stores), "code")
+    assert read[1] == read[2] == sorted(read[1])
+    batches = Batches(longer(config, 10, shuffle=False), stores)
+    draw = batches.draws(8)[0]
+    assert (8, draw.slot, draw.epoch) in batches.steps_of(draw.reading, draw.row)
+
+
+def test_a_fresh_cursor_begins_again_in_an_order_of_its_own(config: Config, stores: Stores) -> None:
+    changed = copy.deepcopy(config)
+    changed.phases[1].subset["code"] = Subset(cursor="fresh")
+    batches = Batches(changed, stores)
+    first, second, third = (readings["code"] for readings in batches.readings)
+    assert first.cursor == second.cursor == 0 and second.key == (*first.key, "phase2")
+    assert third.cursor == batches.plan.phases[0].quotas["code"], "and the old one goes on where it was"
+
+
+@settings(max_examples=25)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 17), st.sampled_from(["concat", "best_fit"]), st.booleans())
+def test_batches_depend_on_step_and_seed_alone(
+        packed_world: tuple[Config, Stores], hosts: int, step: int, packing: str, masked: bool) -> None:
+    config, stores = packed_world
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing, document_mask=masked))
+    whole = Batches(config, stores)[step]
+    parts = [Batches(config, stores, host, hosts)[step] for host in range(hosts)]
+    assert equal({key: np.concatenate([part[key] for part in parts]) for key in whole}, whole)
+    assert ("segment_ids" in whole) == masked
+    example = next(iter(Batches(config, stores).iterate(step)))
+    assert equal(example, whole) and batch_hash(example) == batch_hash(whole)
+
+
+def test_a_hash_tells_batches_apart(batches: Batches) -> None:
+    hashes = {batch_hash(batches[step]) for step in range(len(batches))}
+    assert len(hashes) == len(batches)
+    turned = {name: values[::-1] for name, values in batches[0].items()}
+    assert batch_hash(turned) != batch_hash(batches[0])
+
+
+def test_padding_is_no_target_also_under_fim(packed_world: tuple[Config, Stores]) -> None:
+    config, stores = packed_world
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing="best_fit"))
+    batches, tokenizer = Batches(config, stores), stores.tokenizer
+    rated = 0
+    for step in range(6, 14):  # phase 2, where 90% of the code segments are cut
+        batch = batches[step]
+        for draw in batches.draws(step):
+            targets, mask = batch["targets"][draw.slot], batch["mask"][draw.slot]
+            assert not mask[targets == tokenizer.fim_pad_id].any()
+            plain, kept = draw.reading.rows.read(np.array([draw.row]))
+            assert mask.sum() <= kept[0, 1:].sum() + 3 * (plain == tokenizer.eos_id).sum() + 3
+            if draw.fim_rate and tokenizer.fim_middle_id in targets:
+                rated += 1
+                assert mask[targets == tokenizer.fim_middle_id].all(), "what FIM adds is learnt"
+    assert rated
+
+
+def test_a_packing_that_was_not_prepared_is_refused_with_the_command(config: Config, stores: Stores) -> None:
+    with pytest.raises(UserError, match=r"--packing=best_fit --sequence_length=32"):
+        Batches(longer(config, packing="best_fit"), stores)
 
 
 def test_a_cursor_goes_on_while_the_subset_stays_and_starts_anew_with_another(batches: Batches) -> None:
@@ -116,10 +207,10 @@ def test_a_cursor_goes_on_while_the_subset_stays_and_starts_anew_with_another(ba
 
 def test_even_and_odd_subsets_share_no_window(config: Config, stores: Stores) -> None:
     batches = Batches(unshuffled(config), stores)
-    even, odd = batches.readings[0]["text"].view, batches.readings[1]["text"].view
+    even, odd = (batches.readings[phase]["text"].rows.view for phase in (0, 1))
     whole = stores.by_source["text"].view("train")
     assert even.num_tokens + odd.num_tokens == whole.num_tokens
-    assert batches.readings[2]["text"].view.num_tokens == int(whole.num_tokens * 0.5)
+    assert batches.readings[2]["text"].rows.view.num_tokens == int(whole.num_tokens * 0.5)
 
 
 def test_fim_stands_in_the_phases_and_sources_that_ask_for_it(batches: Batches) -> None:
@@ -209,5 +300,5 @@ def test_a_store_of_another_tokenizer_is_refused_by_both_fingerprints(config: Co
 def test_stated_epochs_allow_what_they_state(config: Config, stores: Stores) -> None:
     batches = Batches(config, stores)
     reading, quota = batches.readings[0]["text"], batches.plan.phases[0].quotas["text"]
-    stated = dataclasses.replace(config.phases[0], epochs={"text": quota / reading.rows})
+    stated = dataclasses.replace(config.phases[0], epochs={"text": quota / reading.rows.num_rows})
     Batches(dataclasses.replace(config, phases=[stated, *config.phases[1:]]), stores)

@@ -1,76 +1,63 @@
-"""`prepare`: every document accounted for, the same bytes after any kill and with any number of workers."""
+"""What `prepare` puts into a store: every document accounted for, in order, in its part, with its control ids."""
 
-import errno
-import fcntl
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import zstandard
+from corpora import published_rows, write_crystal_h5, write_slimpajama, write_starcoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparing import DOCUMENTS, HELDOUT, INPUTS, files_of, in_parts, in_process, make, spec, write_raw, write_tokenizer
 
-from crystal_jax.data import prepare as module
-from crystal_jax.data import readers, store
-from crystal_jax.data.prepare import held_out, prepare, summary
-from crystal_jax.data.readers import SourceSpec
-from crystal_jax.data.store import TokenStore, verify
-from crystal_jax.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
-from crystal_jax.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
-INPUTS, DOCUMENTS = 6, 60  # documents of each input
+from crystal_jax.data import readers, runners, tasks
+from crystal_jax.data.manifests import summary
+from crystal_jax.data.prepare import Options, prepare
+from crystal_jax.data.readers import Document, Dropped, Input, SourceSpec
+from crystal_jax.data.store import SPLITS, TokenStore
+from crystal_jax.data.tasks import Task, held_out
+from crystal_jax.data.tokenizer import Tokenizer
+from crystal_jax.data.verify import verify
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    source = SourceSpec("pystd-code")
-    texts = [document.text for document in readers.read_input(source, readers.list_inputs(source)[3])]
-    train_tokenizer(texts[:10], 600).save(str(path))
-    return path
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of JSON lines with an empty and a broken text in each."""
-    folder = tmp_path_factory.mktemp("raw")
-    words = random.Random(1)
-    for index in range(INPUTS):
-        texts = ["".join(words.choices("ab \n(é語", k=words.randint(1, 3000))) for _ in range(DOCUMENTS - 2)]
-        lines = [json.dumps({"text": text}) for text in [*texts, "", "lone \ud800x\udc00"]]
-        (folder / f"{index}.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def spec(raw: Path) -> SourceSpec:
-    return SourceSpec("jsonl", (str(raw),))
+    return write_raw(tmp_path_factory.mktemp("raw") / "raw")
 
 
 @pytest.fixture(scope="module")
 def prepared(raw: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("prepared")
-    prepare(spec(raw), "set/one", tokenizer, output, workers=1, heldout=0.2)
+    make(raw, tokenizer, output)
     return output / "set" / "one"
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def stored(folder: Path, split: str) -> list[tuple[str, str, list[int]]]:
+    """(id, source, ids) of every document of a split, in order."""
+    opened = TokenStore.open(folder)
+    found = []
+    for span in opened.view(split).shards if opened.splits[split]["tokens"] else []:
+        documents = opened.documents(split, span.name)
+        start = 0
+        for identity, source, end in zip(documents.ids, documents.sources, documents.ends.tolist(), strict=True):
+            found.append((identity, source, opened.view(split).read(span.start + start, end - start).tolist()))
+            start = end
+    return found
 
 
-def run_again(folder: Path, raw: Path, vocabulary: Path, **changed: Any) -> dict[str, Any]:
-    same = {"source": spec(raw), "tokenizer": vocabulary, "heldout": 0.2}
-    return prepare(**{**same, "name": "set/one", "output": folder.parents[1], **changed})
+def read_all(source: SourceSpec) -> list[Any]:
+    return [document for item in readers.list_inputs(source) for document in readers.read_input(source, item)]
 
 
-# What is in a store
+# Accounts
 
 
 def test_every_document_is_accounted_for(prepared: Path) -> None:
@@ -80,43 +67,34 @@ def test_every_document_is_accounted_for(prepared: Path) -> None:
     assert documents["dropped"] == {"empty": INPUTS}
     assert documents["kept"] == documents["read"] - INPUTS
     assert documents["replaced_surrogates"] == 2 * INPUTS
+    assert documents["duplicate_ids"] == INPUTS
+    assert documents["control_tokens"] == {} and manifest["control_ids"] == []
     splits = manifest["splits"]
     assert sum(split["documents"] for split in splits.values()) == documents["kept"]
     for split in splits.values():
-        assert [shard["input"] for shard in split["shards"]] == [f"{index}.jsonl" for index in range(INPUTS)]
+        assert [shard["input"] for shard in split["shards"]] == [f"{index:02d}.jsonl" for index in range(INPUTS)]
+        assert [shard["ordinal"] for shard in split["shards"]] == list(range(INPUTS))
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"]) > 0
-    assert (manifest["name"], manifest["source"], manifest["packing"]) == ("set/one", "jsonl", "concat")
+    assert (manifest["name"], manifest["source"], manifest["format"]) == ("set/one", "jsonl", 2)
+    assert "packing" not in manifest and "documents_of_all_parts" not in manifest
     assert summary(manifest).startswith(f"set/one: {INPUTS * (DOCUMENTS - 1)} documents, ")
-    assert summary(manifest).endswith("bytes/token, dropped 6 (6 empty)")
+    assert summary(manifest).endswith("bytes/token, dropped 6 (6 empty); 6 ids came more than once")
     assert verify(prepared) == []
     assert sorted(path.name for path in prepared.iterdir()) == ["heldout", "manifest.json", "train"]
 
 
 def test_documents_come_back_in_order(prepared: Path, raw: Path, tokenizer: Path) -> None:
     loaded = Tokenizer.load(tokenizer)
-    source = spec(raw)
-    expected: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
-    for item in readers.list_inputs(source):
-        for document in readers.read_input(source, item):
-            if document.text:
-                text = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in document.text)
-                expected["heldout" if held_out(document.id, 0.2) else "train"].append((document.id, text))
-    opened = TokenStore.open(prepared)
+    expected: dict[str, list[tuple[str, str, str]]] = {"train": [], "heldout": []}
+    for document in read_all(spec(raw)):
+        if document.text:
+            text = "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in document.text)
+            split = "heldout" if held_out(document.group, HELDOUT) else "train"
+            expected[split].append((document.id, document.source, text))
     for split, wanted in expected.items():
-        view = opened.view(split)
-        found, start = [], 0
-        for shard in opened.splits[split]["shards"]:
-            path = prepared / split / shard["name"]
-            names = [json.loads(line) for line in Path(f"{path}.docs.jsonl").read_text().splitlines()]
-            base = start
-            for name, end in zip(names, np.fromfile(f"{path}.ends", "<u8").tolist(), strict=True):
-                first, *ids, last = view.read(start, base + end - start).tolist()
-                assert (first, last) == (loaded.bos_id, loaded.eos_id)
-                assert name["source"] == shard["input"]
-                found.append((name["id"], loaded.decode(ids)))
-                start = base + end
-        assert found == wanted
-        assert start == view.num_tokens
+        found = stored(prepared, split)
+        assert all((ids[0], ids[-1]) == (loaded.bos_id, loaded.eos_id) for *_, ids in found)
+        assert [(identity, source, loaded.decode(ids[1:-1])) for identity, source, ids in found] == wanted
 
 
 def test_held_out_share_is_a_hash() -> None:
@@ -127,274 +105,204 @@ def test_held_out_share_is_a_hash() -> None:
     assert not any(held_out(name, 0.0) for name in names)
 
 
-def test_docstrings_of_held_out_code_are_held_out(tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
+def task_of(source: SourceSpec, item: Input, tokenizer: Path, folder: Path) -> Task:
+    return Task(source, item, 0, str(tokenizer), Tokenizer.load(tokenizer).fingerprint, "reference", 0.3, str(folder),
+                "")  # fmt: skip
+
+
+def test_docstrings_of_held_out_code_are_held_out(tokenizer: Path, tmp_path: Path) -> None:
     split_of: dict[str, dict[str, str]] = {}
     for kind in ("pystd-code", "pystd-text"):
-        item, fingerprint = readers.list_inputs(SourceSpec(kind))[3], Tokenizer.load(tokenizer).fingerprint
-        task = module.Task(SourceSpec(kind), item, 0, tokenizer, fingerprint, 0.3, tmp_path / kind)
-        for folder in ("train", "heldout", "progress"):
-            (tmp_path / kind / folder).mkdir(parents=True)
-        module.prepare_input(task)
-        split_of[kind] = {
-            json.loads(line)["id"]: split
-            for split in store.SPLITS
-            for line in (tmp_path / kind / split / "00000.docs.jsonl").read_text().splitlines()
-        }
+        prepare_one = task_of(SourceSpec(kind), readers.list_inputs(SourceSpec(kind))[3], tokenizer, tmp_path / kind)
+        tasks.prepare_input(prepare_one)
+        found = json.loads((tmp_path / kind / "progress" / "00000.json").read_text())
+        assert sum(shard["documents"] for shard in found["shards"].values()) == found["counts"][""]["kept"]
+        split_of[kind] = {identity: split for split in SPLITS for identity in ids_in(tmp_path / kind, split, found)}
     code, text = split_of.values()
-    assert len(text) > 20 and set(code.values()) == set(store.SPLITS)
+    assert len(text) > 20 and set(code.values()) == set(SPLITS)
     assert all(code[name] == split for name, split in text.items())
 
 
-@settings(max_examples=25)
-@given(texts=st.lists(st.text(max_size=30), max_size=12), chars=st.integers(1, 40))
-def test_batches_keep_every_document(texts: list[str], chars: int) -> None:
-    found = [readers.Document(str(index), text, "s", "g") for index, text in enumerate(texts)]
-    found.insert(len(found) // 2, readers.Dropped("x", "not_utf8"))
-    counts: module.Counter[str] = module.Counter()
-    task = module.Task(SourceSpec("jsonl"), readers.Input("i", (), 0), 0, Path(), "", 0.0, Path())
+def ids_in(folder: Path, split: str, record: dict[str, Any]) -> list[str]:
+    data = (folder / split / "00000.docs.jsonl.zst").read_bytes()
+    lines = zstandard.ZstdDecompressor().decompressobj().decompress(data).splitlines()
+    assert len(lines) == record["shards"][split]["documents"]
+    return [json.loads(line)["id"] for line in lines]
+
+
+a_document = st.builds(Document, st.sampled_from("abc"), st.text(max_size=30), st.just("s"), st.just("g"),
+                       st.sampled_from(["", "p"]))
+a_found = st.one_of(a_document, st.builds(Dropped, st.just("x"), st.sampled_from(["not_utf8", "no_text"])))
+
+
+@settings(max_examples=40)
+@given(found=st.lists(a_found, max_size=12), size=st.integers(1, 40))
+def test_what_is_read_is_kept_or_dropped(found: list[Document | Dropped], size: int) -> None:
+    counts: tasks.Counts = tasks.defaultdict(Counter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "read_input", lambda *_: iter(found))
-        patch.setattr(module, "BATCH_CHARS", chars)
-        batches = list(module._batches(task, counts))
-    kept = [document.id for batch in batches for document in batch]
-    assert kept == [document.id for document in found if getattr(document, "text", "")]
-    assert counts["read"] == len(texts) + 1 == counts["kept"] + counts["dropped:empty"] + counts["dropped:not_utf8"]
+        patch.setattr(tasks, "BATCH_BYTES", size)
+        task = Task(SourceSpec("jsonl"), Input("i", (), 0), 0, "", "", "auto", 0.0, "", "")
+        batches = list(tasks._batches(task, counts))
+    kept = [document for document in found if isinstance(document, Document) and document.text]
+    assert [document for batch in batches for document in batch] == kept
+    assert all(batches)
+    for part in counts.values():
+        dropped = sum(value for key, value in part.items() if key.startswith(tasks.DROPPED))
+        assert part["read"] == part["kept"] + dropped
+    total = sum(counts.values(), Counter())
+    assert total["read"] == len(found)
+    assert total["duplicate_ids"] == len(kept) - len({document.id for document in kept})
+    assert total["text_bytes"] == sum(len(document.text.encode()) for document in kept)
 
 
-# Again
+# Parts and control ids
 
 
-def test_two_workers_write_the_same_bytes(prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    run_again(tmp_path / "set" / "one", raw, tokenizer, workers=2)
-    assert files_of(tmp_path / "set" / "one") == files_of(prepared)
-
-
-def test_a_finished_store_is_left_alone(prepared: Path, raw: Path, tokenizer: Path, capsys) -> None:
-    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
-    copy = tokenizer.with_name("other-name.json")
-    copy.write_bytes(tokenizer.read_bytes())
-    (prepared / "progress").mkdir()
-    manifest = run_again(prepared, raw, copy)
-    assert manifest == json.loads((prepared / "manifest.json").read_text())
-    assert "done already" in capsys.readouterr().err
-    assert not (prepared / "progress").exists()
-    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
-
-
-def change_cases(raw: Path, tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
-    other = tmp_path / "tokenizer.json"
-    train_tokenizer(["ab"], SMALLEST).save(str(other))
-    one = SourceSpec("jsonl", (str(raw / "0.jsonl"),))
-    grown = tmp_path / "grown"
-    grown.mkdir()
-    for path in raw.iterdir():
-        (grown / path.name).write_bytes(path.read_bytes() + (b'\n{"text": "x"}' if path.name == "2.jsonl" else b""))
-    return [
-        ({"heldout": 0.1}, "heldout is 0.1, but the store there was made with 0.2"),
-        ({"tokenizer": other}, "tokenizer is fingerprint .* made with fingerprint"),
-        ({"source": one}, "inputs is 1 inputs, .* made with 6 inputs"),
-        ({"source": SourceSpec("jsonl", (str(grown),))}, r"inputs is name 2.jsonl, .* made with name 2.jsonl"),
-        ({"source": SourceSpec("jsonl", (str(raw),), text_key="body")}, "text_key is body, .* with text"),
-        ({"source": SourceSpec("text", (str(raw),))}, "source is text, .* made with jsonl.*choose another --name"),
-    ]
-
-
-def test_other_arguments_are_refused(prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    before = files_of(prepared)
-    started = tmp_path / "data" / "set" / "one"
-    (started / "progress").mkdir(parents=True)
-    manifest = json.loads(before["manifest.json"])
-    manifest |= {"inputs": [item["name"] for item in manifest["inputs"]]}
-    for name, text in (("arguments.json", json.dumps(manifest)), ("00000.json", "{}")):  # one input is done
-        (started / "progress" / name).write_text(text)
-    for changed, message in change_cases(raw, tmp_path):
-        with pytest.raises(UserError, match=message):
-            run_again(prepared, raw, tokenizer, **changed)
-        if "2.jsonl" not in message:
-            with pytest.raises(UserError, match=message):
-                run_again(started, raw, tokenizer, **changed)
-    assert (files_of(prepared), [path.name for path in started.iterdir()]) == (before, ["progress"])
-
-
-def test_damage_of_a_finished_store_is_reported(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_parts_are_stores_of_their_own(raw: Path, tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    in_process(monkeypatch)
+    manifests = make(in_parts(raw), tokenizer, tmp_path)
     folder = tmp_path / "set" / "one"
-    run_again(folder, raw, tokenizer, source=SourceSpec("jsonl", (str(raw / "0.jsonl"),)))
-    (folder / "train" / "00000.ends").unlink()
-    with pytest.raises(UserError, match=r"train/00000\.ends: can't be read"):
-        run_again(folder, raw, tokenizer, source=SourceSpec("jsonl", (str(raw / "0.jsonl"),)))
+    assert [manifest["name"] for manifest in manifests] == ["set/one/A", "set/one/B"]
+    assert sorted(path.name for path in folder.iterdir()) == ["A", "B"]
+    documents = read_all(in_parts(raw))
+    for part, manifest in zip("AB", manifests, strict=True):
+        assert verify(folder / part) == []
+        wanted = sorted(document.id for document in documents if document.part == part and document.text)
+        found = [identity for split in SPLITS for identity, *_ in stored(folder / part, split)]
+        assert sorted(found) == wanted
+        assert manifest["documents"]["read"] == sum(document.part == part for document in documents)
+        assert manifest["documents_of_all_parts"]["read"] == len(documents)
 
 
-def test_mistakes_leave_nothing_behind(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    output = tmp_path / "data"
-    for name in ("", "/abs", "../up", "a//b", "."):
-        with pytest.raises(UserError, match="--name"):
-            prepare(spec(raw), name, tokenizer, output)
-    for changed, message in (
-        ({"heldout": 1.0}, "--heldout: 1.0"),
-        ({"workers": 0}, "--workers: 0"),
-        ({"tokenizer": tmp_path / "none.json"}, r"none\.json: No such file"),
-        ({"source": SourceSpec("jsonl", ("gone.jsonl",))}, r"gone\.jsonl: no such file"),
-    ):
-        with pytest.raises(UserError, match=message):
-            prepare(**{"source": spec(raw), "name": "x", "tokenizer": tokenizer, "output": output, **changed})
-    assert not output.exists()
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match=r"holds thesis\.tex but is no token store"):
-        prepare(spec(raw), "taken", tokenizer, tmp_path)
+def test_slimpajama_becomes_seven_stores(tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    in_process(monkeypatch)
+    write_slimpajama(tmp_path / "raw", mb=0.2)
+    source = SourceSpec("slimpajama", (str(tmp_path / "raw"),), files_per_input=2)
+    manifests = prepare(source, "sp", tokenizer, tmp_path, Options(heldout=0.1))
+    names = ["ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia"]
+    assert [manifest["name"] for manifest in manifests] == [f"sp/{name}" for name in names]
+    inputs = readers.list_inputs(source)
+    expected = Counter(document.part for document in read_all(source) if getattr(document, "text", ""))
+    for name, manifest in zip(names, manifests, strict=True):
+        assert verify(tmp_path / "sp" / name) == []
+        assert manifest["documents"]["kept"] == expected[name] > 0
+        shards = manifest["splits"]["train"]["shards"]
+        assert [shard["ordinal"] for shard in shards] == [item.ordinal for item in inputs]
+    opened = TokenStore.open(tmp_path / "sp" / "C4")
+    halves = [{span.name for span in opened.view(files=half).shards} for half in ("even", "odd")]
+    assert halves[0] | halves[1] == {f"{index:05d}" for index in range(len(inputs))} and not halves[0] & halves[1]
 
 
-def test_one_prepare_at_a_time(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    handle = os.open(tmp_path / "x", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another `prepare` is writing"):
-        prepare(spec(raw), "x", tokenizer, tmp_path)
-    os.close(handle)
+def test_starcoder_tags_are_control_ids_and_nothing_else_is(tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    in_process(monkeypatch)
+    write_starcoder(tmp_path / "raw", mb=0.2)
+    source = SourceSpec("starcoder", (str(tmp_path / "raw"),))
+    (manifest,) = prepare(source, "code", tokenizer, tmp_path, Options(heldout=0.0))
+    loaded = Tokenizer.load(tokenizer)
+    special = set(loaded.special_ids)
+    documents = [document for document in read_all(source) if isinstance(document, Document) and document.text]
+    written: Counter[str] = Counter()
+    for document, (identity, _, ids) in zip(documents, stored(tmp_path / "code", "train"), strict=True):
+        controls = [loaded.decode([token]) for token in ids[1:-1] if token in special]
+        assert controls == [f"<|{name}|>" for _, _, name in document.tags]
+        written.update(controls)
+        # Tags become ids of the same name; all other characters come back as they were.
+        text = document.text
+        for start, end, name in reversed(document.tags):
+            text = f"{text[:start]}<|{name}|>{text[end:]}"
+        assert (identity, loaded.decode(ids[1:-1])) == (document.id, text)
+    assert {"<|reponame|>", "<|filename|>", "<|gh_stars|>", "<|commit_msg|>", "<|jupyter_code|>"} <= set(written)
+    assert manifest["documents"]["control_tokens"] == written
+    assert {loaded.decode([token]) for token in manifest["control_ids"]} == set(written)
+    assert verify(tmp_path / "code") == []
 
 
-def test_a_damaged_or_changed_input_is_read_again(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "raw" / f"{index}.jsonl" for index in range(3)]
-    files[0].parent.mkdir()
-    files[0].write_bytes((raw / "0.jsonl").read_bytes())
-    files[1].write_text('{"text": "x"}\n')
-    files[2].write_text('{"text": "x"}\n{"text": broken}\n')
-    with pytest.raises(UserError, match=r"2\.jsonl:2: not a line of JSON"):
-        prepare(spec(files[0].parent), "x", tokenizer, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "x" / "progress").glob("0*")) == ["00000.json", "00001.json"]
-    assert not (tmp_path / "x" / "manifest.json").exists() and not list((tmp_path / "x").rglob("*.partial*"))
-    files[1].write_text('{"text": "x"}\n{"text": "y"}\n')
-    files[2].write_text('{"text": "x"}\n{"text": "mended"}\n')
-    done = prepare(spec(files[0].parent), "x", tokenizer, tmp_path)
-    assert done["documents"]["kept"] == DOCUMENTS - 1 + 4
-    assert [item["bytes"] for item in done["inputs"]] == [path.stat().st_size for path in files]
+def test_literal_tags_are_text(tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    in_process(monkeypatch)
+    text = "<s>a</s> <unk> <|fim_prefix|> <reponame>b<filename>c <fim_middle><|endoftext|> 1 < 2"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    prepare(SourceSpec("jsonl", (str(tmp_path / "a.jsonl"),)), "x", tokenizer, tmp_path, Options(heldout=0.0))
+    ((_, _, ids),) = stored(tmp_path / "x", "train")
+    loaded = Tokenizer.load(tokenizer)
+    assert not set(ids[1:-1]) & set(loaded.special_ids)
+    assert loaded.decode(ids[1:-1]) == text
 
 
-def test_a_full_disk_is_one_line(raw: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"x: the disk is full; free some space and run the same command again"):
-        prepare(spec(raw), "x", tokenizer, tmp_path)
-    with pytest.raises(OSError, match="other"), module._disk_errors(tmp_path):
-        raise OSError(errno.EIO, "other")
-
-
-# Kills
-
-
-def command(raw: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
-    return [sys.executable, "-m", "crystal_jax", "prepare", "--source=jsonl", f"--input={raw}", "--name=set/one",
-            f"--tokenizer={tokenizer}", f"--output={output}", "--heldout=0.2", f"--workers={workers}"]  # fmt: skip
+def test_tokenised_data_stay_as_they_are(tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    in_process(monkeypatch)
+    loaded = Tokenizer.load(tokenizer)
+    rows = published_rows(5, 16, loaded.vocab_size)
+    rows[1, 0, 5] = rows[1, 2, 4] = loaded.fim_prefix_id
+    write_crystal_h5(tmp_path / "raw" / "a.h5", rows)
+    source = SourceSpec("crystal-h5", (str(tmp_path / "raw"),))
+    (manifest,) = prepare(source, "x", tokenizer, tmp_path, Options(heldout=0.0))
+    lengths = rows[:, 1].sum(axis=1).tolist()
+    wanted = [[*rows[row, 0, :length].tolist(), int(rows[row, 2, length - 1])] for row, length in enumerate(lengths)]
+    assert [ids for *_, ids in stored(tmp_path / "x", "train")] == wanted
+    assert {loaded.bos_id, loaded.eos_id, loaded.fim_prefix_id} <= set(manifest["control_ids"])
+    assert verify(tmp_path / "x") == []
+    assert summary(manifest) == f"x: 5 documents, {sum(map(len, wanted))} tokens (0 held out), dropped 0"
 
 
-def killed(arguments: list[str], folder: Path, when: Any) -> bool:
-    """Starts the command and kills it with SIGKILL once `when(folder)` holds; whether it was still running."""
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not when(folder):
-        time.sleep(0.002)
-    running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return running
+# The command
 
 
-def records(count: int) -> Any:
-    return lambda folder: len(list(folder.glob("progress/0*.json"))) >= count
-
-
-def exists(name: str) -> Any:
-    return lambda folder: (folder / name).exists()
-
-
-def some_time() -> Any:
-    """A random moment of the second that the command takes."""
-    seconds, started = random.uniform(0.1, 1.0), []
-
-    def passed(_: Path) -> bool:
-        started.append(time.monotonic())
-        return started[-1] - started[0] > seconds
-
-    return passed
-
-
-MOMENTS = {
-    "random": [some_time() for _ in range(4)],
-    "writing": [lambda folder: list(folder.glob("train/*.partial-*"))],
-    "recorded": [records(1), records(3), records(INPUTS)],
-    "first and last": [exists("progress"), exists("manifest.json")],
-}
-
-
-@pytest.mark.parametrize("name", MOMENTS)
-def test_killed_at_any_moment(prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path, name: str) -> None:
-    folder = tmp_path / "set" / "one"
-    kills = [killed(command(raw, tokenizer, tmp_path, workers=1 + index % 2), folder, moment)
-             for index, moment in enumerate(MOMENTS[name])]  # fmt: skip
-    assert any(kills)
-    done = subprocess.run(command(raw, tokenizer, tmp_path, workers=2), cwd=ROOT, capture_output=True, text=True)
+def test_the_command_reports_rate_tokens_and_time_left(raw: Path, tokenizer: Path, tmp_path: Path, run_cli: Any,
+                                                       prepared: Path) -> None:
+    done = run_cli("prepare", "--source=jsonl", f"--input={raw}", "--name=set/one", "--id_key=name",
+                   f"--tokenizer={tokenizer}", f"--output={tmp_path}", f"--heldout={HELDOUT}", "--workers=2",
+                   "--packing=best_fit", "--sequence_length=64")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("set/one: ")
-    assert verify(folder) == []
-    assert files_of(folder) == files_of(prepared)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert done.stdout.strip() == summary(manifest)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    last = [line for line in lines if "inputs_left=" in line][-1]
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    shown = r"one: 100% \|.*\| ([\d.]+)k/\1k [\d.]+[kM]?B/s, ETA 00:00, inputs_left=0, tokens=([\d,]+)"
+    match = re.search(shown, last)
+    assert match and int(match[2].replace(",", "")) == tokens, last
+    assert re.search(rf"set/one: packing: 100%.* {manifest['documents']['kept']}/.* documents/s", lines[-1])
+    found = files_of(tmp_path / "set" / "one")
+    assert any(name.startswith("packing/best_fit-64/") for name in found)
+    assert {name: data for name, data in found.items() if not name.startswith("packing/")} == files_of(prepared)
 
 
-def test_finished_inputs_are_not_read_again(prepared: Path, raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "set" / "one"
-    assert killed(command(raw, tokenizer, tmp_path, workers=1), folder, records(2))
-    done = sorted(path.stem for path in folder.glob("progress/0*.json"))
-    before = {name: (folder / "train" / f"{name}.tokens").stat().st_mtime_ns for name in done}
-    run_again(folder, raw, tokenizer)
-    assert done and before == {name: (folder / "train" / f"{name}.tokens").stat().st_mtime_ns for name in done}
-    assert files_of(folder) == files_of(prepared)
+class Bar:
+    """A tqdm without its output."""
+
+    total = n = 0
+
+    def update(self, more: int) -> None:
+        self.n += more
+
+    def set_postfix(self, **shown: Any) -> None:
+        self.shown = shown
 
 
-def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids of the pool's workers, once there are any."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        pytest.skip("needs /proc/PID/task/PID/children, which Linux has")
-    while process.poll() is None:
-        found = [int(pid) for pid in children.read_text().split()
-                 if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError("the command ended before it started a worker")
+def test_the_time_left_is_estimated_from_what_is_done() -> None:
+    def waiting(ending: str, text: list[int]) -> dict[Any, Task]:
+        item = Input("i", ((f"a{ending}", f"a{ending}"),), 100)
+        task = Task(SourceSpec("jsonl"), item, 0, "", "", "auto", 0.0, "", "")
+        futures: list[runners.Future[int]] = [runners.Future() for _ in text]
+        for future, size in zip(futures, text, strict=True):
+            future.set_result(size)
+        return dict.fromkeys(futures, task)
 
+    some = waiting(".jsonl.zst", [300, 500])
+    assert sum(map(runners._expected, some.values())) == 2 * 100 * runners.EXPANSION[".zst"]
+    bar = Bar()
+    runners._watch(some, [800, 90], bar)  # type: ignore[arg-type]
+    assert (bar.n, bar.total, some) == (800, 800, {})
+    assert bar.shown == {"tokens": "90", "inputs_left": 0, "refresh": False}
+    running: runners.Future[int] = runners.Future()
+    some = {**waiting(".jsonl", [50]), running: next(iter(waiting(".jsonl", [0]).values()))}
+    totals = []
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    class Stopping(Bar):
+        def update(self, more: int) -> None:
+            totals.append(self.total)
+            running.done() or running.set_result(150)
 
-
-@pytest.fixture
-def long_run(tokenizer: Path, tmp_path: Path) -> Any:
-    """`prepare` of the standard library, which takes seconds."""
-    arguments = [sys.executable, "-m", "crystal_jax", "prepare", "--source=pystd-code", "--name=x", "--workers=1",
-                 f"--tokenizer={tokenizer}", f"--output={tmp_path}"]  # fmt: skip
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        yield process
-        process.kill()
-
-
-def test_workers_end_with_their_parent(long_run: subprocess.Popen[bytes]) -> None:
-    workers = workers_of(long_run)
-    long_run.kill()
-    long_run.wait()
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_running, workers))
-
-
-def test_a_killed_worker_is_one_line(long_run: subprocess.Popen[bytes]) -> None:
-    (worker,) = workers_of(long_run)
-    os.kill(worker, signal.SIGKILL)
-    assert long_run.stderr is not None
-    last = long_run.stderr.read().decode().splitlines()[-1]
-    assert long_run.wait() == 1
-    assert "x: a worker was killed, perhaps for lack of memory; run the same command again, with fewer" in last
+    runners._watch(some, [50, 9], Stopping())  # type: ignore[arg-type]
+    assert totals == [100, 200]  # 200 bytes of input, of which the first 100 were 50 of text

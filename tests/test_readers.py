@@ -1,38 +1,28 @@
-"""Readers: what the inputs and the documents of each kind are, and that damage is never read as a shorter file."""
+"""Readers: what the inputs of each kind are and how they are named, put in order, dealt and grouped."""
 
 import ast
-import gzip
-import io
-import itertools
-import json
 import os
+import pickle
+import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import zstandard
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal_jax.data import readers
-from crystal_jax.data.readers import Document, Dropped, Input, SourceSpec, list_inputs, read_input
+from crystal_jax.data.readers import Document, Dropped, Input, SourceSpec, list_inputs, listing, pystd, read_input
 from crystal_jax.errors import UserError
 
-RECORDS = [{"text": f"document {index} é\n語 {'x' * (index % 50)}", "name": f"n{index}", "n": index}
-           for index in range(2000)]  # fmt: skip
-LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
-COMPRESS = {
-    "": lambda data: data,
-    ".gz": gzip.compress,
-    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-}
 
-
-def write(folder: Path, name: str, data: bytes = LINES) -> Path:
+def write(folder: Path, name: str, data: bytes = b'{"text": "x"}\n') -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(COMPRESS[path.suffix if path.suffix != ".jsonl" else ""](data))
+    path.write_bytes(data)
     return path
 
 
@@ -40,7 +30,7 @@ def documents(source: SourceSpec) -> list[Document | Dropped]:
     return [document for item in list_inputs(source) for document in read_input(source, item)]
 
 
-def jsonl(*paths: Path | str, **keys: str) -> SourceSpec:
+def jsonl(*paths: Path | str, **keys: object) -> SourceSpec:
     return SourceSpec("jsonl", tuple(map(str, paths)), **keys)
 
 
@@ -48,25 +38,25 @@ def jsonl(*paths: Path | str, **keys: str) -> SourceSpec:
 
 
 @pytest.fixture(scope="module")
-def pystd() -> dict[str, list[Document | Dropped]]:
+def library() -> dict[str, list[Document | Dropped]]:
     return {kind: documents(SourceSpec(kind)) for kind in ("pystd-code", "pystd-text")}
 
 
-def test_pystd_code_is_the_library_without_tests(pystd: dict) -> None:
-    found = {document.id: document for document in pystd["pystd-code"]}
-    assert len(found) == len(pystd["pystd-code"])
+def test_pystd_code_is_the_library_without_tests(library: dict) -> None:
+    found = {document.id: document for document in library["pystd-code"]}
+    assert len(found) == len(library["pystd-code"])
     root = Path(sysconfig.get_paths()["stdlib"])
     assert found["json/decoder.py"].text == (root / "json/decoder.py").read_text(encoding="utf-8")
     assert found["json/decoder.py"].group == found["json/decoder.py"].source == "json/decoder.py"
     folders = {part for name in found for part in Path(name).parts[:-1]}
     assert not folders & {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-    assert readers.TOPICS not in found
-    total = sum(len(document.text) for document in pystd["pystd-code"])
+    assert pystd.TOPICS not in found
+    total = sum(len(document.text) for document in library["pystd-code"])
     assert 9e6 < total < 14e6
 
 
-def test_pystd_text_is_docstrings_and_topics(pystd: dict) -> None:
-    found = {document.id: document for document in pystd["pystd-text"] if isinstance(document, Document)}
+def test_pystd_text_is_docstrings_and_topics(library: dict) -> None:
+    found = {document.id: document for document in library["pystd-text"] if isinstance(document, Document)}
     text = found["json/decoder.py"].text
     assert text.startswith("Implementation of JSONDecoder") and "def " not in text.splitlines()
     assert text.index("Simple JSON") < text.index("Decode a JSON document")
@@ -75,9 +65,9 @@ def test_pystd_text_is_docstrings_and_topics(pystd: dict) -> None:
     assert 1.8e6 < total < 3e6
 
 
-def test_pystd_docstrings_go_where_their_code_goes(pystd: dict) -> None:
-    groups = {document.group for document in pystd["pystd-code"]}
-    for document in pystd["pystd-text"]:
+def test_pystd_docstrings_go_where_their_code_goes(library: dict) -> None:
+    groups = {document.group for document in library["pystd-code"]}
+    for document in library["pystd-text"]:
         assert isinstance(document, Dropped) or "#" in document.id or document.group in groups
 
 
@@ -94,102 +84,17 @@ def test_pystd_comes_in_sixteen_inputs_that_cover_it() -> None:
 
 def test_code_that_is_not_python_is_dropped() -> None:
     for text in ("def f(:", "a\0b"):
-        assert readers._docstrings(Document("a.py", text, "a.py", "a.py")) == Dropped("a.py", "not_python")
+        assert pystd.docstrings(Document("a.py", text, "a.py", "a.py")) == Dropped("a.py", "not_python")
     odd = Document("a.py", '"""Odd \\d escape."""', "a.py", "a.py")
-    assert readers._docstrings(odd).text == "Odd \\d escape."
+    assert pystd.docstrings(odd).text == "Odd \\d escape."
 
 
 def test_docstrings_come_in_the_order_of_the_file() -> None:
     method = '    def f(self):\n        """F.\n\n        more\n        """\n'
     code = f'"""M."""\nclass A:\n    """A."""\n{method}def g(): "G."\n'
     assert ast.parse(code)
-    found = readers._docstrings(Document("a", code, "a", "a"))
+    found = pystd.docstrings(Document("a", code, "a", "a"))
     assert found.text == "M.\n\nA.\n\nF.\n\nmore\n\nG."
-
-
-# JSON lines
-
-
-@pytest.mark.parametrize("ending", COMPRESS)
-def test_json_lines(tmp_path: Path, ending: str) -> None:
-    source = jsonl(write(tmp_path, f"a.jsonl{ending}"))
-    (item,) = list_inputs(source)
-    assert item == Input(f"a.jsonl{ending}", ((str(tmp_path / f"a.jsonl{ending}"), f"a.jsonl{ending}"),),
-                         (tmp_path / f"a.jsonl{ending}").stat().st_size)  # fmt: skip
-    found = documents(source)
-    assert [document.text for document in found] == [record["text"] for record in RECORDS]
-    assert found[4] == Document(f"a.jsonl{ending}:5", RECORDS[4]["text"], f"a.jsonl{ending}", f"a.jsonl{ending}:5")
-    named = documents(jsonl(tmp_path, id_key="name"))
-    assert [document.id for document in named] == [record["name"] for record in RECORDS]
-
-
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_many_frames_in_a_file(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts = [0, 1, 1, 50_000, len(LINES) - 1, len(LINES)]
-    frames = [COMPRESS[ending](LINES[start:end]) for start, end in itertools.pairwise(cuts)]
-    path = tmp_path / f"a.jsonl{ending}"
-    path.write_bytes(b"".join(frames))
-    for size in (17, 1 << 20):
-        monkeypatch.setattr(readers, "READ_BYTES", size)
-        assert len(documents(jsonl(path))) == len(RECORDS)
-
-
-def test_a_frame_of_unknown_size(tmp_path: Path) -> None:
-    out = io.BytesIO()
-    with zstandard.ZstdCompressor().stream_writer(out, closefd=False) as writer:
-        writer.write(LINES)
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(out.getvalue())
-    assert len(documents(jsonl(path))) == len(RECORDS)
-
-
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_truncated_files_are_named(tmp_path_factory: pytest.TempPathFactory, ending: str, share: float) -> None:
-    path = write(tmp_path_factory.mktemp("cut"), f"cut.jsonl{ending}")
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=rf"cut\.jsonl{ending}: truncated"):
-        documents(jsonl(path))
-
-
-@pytest.mark.parametrize("ending", [".gz", ".zst"])
-def test_flipped_bits_are_named(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path, f"flip.jsonl{ending}")
-    data = bytearray(path.read_bytes())
-    for place in range(20, len(data), len(data) // 20):
-        data[place] ^= 0x10
-        path.write_bytes(data)
-        try:
-            found = documents(jsonl(path))
-        except UserError as error:
-            assert f"flip.jsonl{ending}" in str(error)
-        else:  # a bit that the format has no use for
-            assert [document.text for document in found] == [record["text"] for record in RECORDS]
-        data[place] ^= 0x10
-
-
-@pytest.mark.parametrize(("line", "message"), [
-    (b'{"text": "cut off', r"bad\.jsonl:3: not a line of JSON"),
-    (b'{"text": "\xff\xfe"}', r"bad\.jsonl:3: not a line of JSON"),
-    (b"[1]", r"bad\.jsonl:3: a JSON list, not an object"),
-    (b'{"text": 5}', r"bad\.jsonl:3: 'text' holds int, not a string"),
-    (b'{"body": "x", "id": 1}', r"bad\.jsonl:3: no key 'text'; it has body, id; choose with --text_key"),
-])  # fmt: skip
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, message: str) -> None:
-    path = write(tmp_path, "bad.jsonl", b'{"text": "fine"}\n\n' + line)
-    with pytest.raises(UserError, match=message):
-        documents(jsonl(path))
-
-
-def test_a_missing_id_names_its_flag(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no key 'id'.*--id_key"):
-        documents(jsonl(write(tmp_path, "a.jsonl"), id_key="id"))
-
-
-def test_lone_surrogates_reach_the_caller(tmp_path: Path) -> None:
-    (found,) = documents(jsonl(write(tmp_path, "a.jsonl", b'{"text": "a\\ud800b \\ud83d\\ude42"}')))
-    assert found.text == "a\ud800b 🙂"
 
 
 # Naming files
@@ -241,7 +146,7 @@ def test_text_files(tmp_path: Path) -> None:
     (tmp_path / ".git" / "config").write_text("hidden")
     source = SourceSpec("text", (str(tmp_path),))
     inputs = list_inputs(source)
-    assert len(inputs) == readers.DEALT_INPUTS
+    assert len(inputs) == listing.DEALT_INPUTS
     assert [name for _, name in inputs[1].files] == ["01.md", "17.md", "33.md"]
     found = documents(source)
     assert len(found) == 40 and Dropped("05.md", "not_utf8") in found
@@ -255,3 +160,122 @@ def test_the_kind_that_a_training_input_names(tmp_path: Path) -> None:
         assert readers.guess_source(name, "body") == SourceSpec("jsonl", (name,), text_key="body")
     assert readers.guess_source("folder", "text").kind == "text"
     assert readers.split_commas(["a,b", "c", ""]) == ["a", "b", "c"]
+
+
+# Order, ordinals and groups
+
+
+def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
+    names = [f"chunk{chunk}/example_{number}.jsonl" for chunk in (1, 2, 10) for number in (0, 2, 10, 100)]
+    for name in sorted(names):
+        write(tmp_path, name)
+    inputs = list_inputs(jsonl(tmp_path))
+    assert [item.name for item in inputs] == names
+    assert [item.ordinal for item in inputs] == list(range(len(names)))
+
+
+@given(st.lists(st.text(alphabet="a1²٣0-/", max_size=8)))
+def test_the_order_is_one_order(names: list[str]) -> None:
+    order = sorted(names, key=listing.natural)
+    names.reverse()
+    assert sorted(names, key=listing.natural) == order
+    assert all(listing.natural(one) != listing.natural(other) for one in set(names) for other in set(names) - {one})
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(1, 7))
+def test_groups_keep_parity_and_lose_nothing(ordinals: list[int], size: int) -> None:
+    files = [listing.File(f"/data/{index}", str(index), index) for index in range(len(ordinals))]
+    inputs = listing.group(files, ordinals, size)
+    parity = {file.name: ordinal % 2 for file, ordinal in zip(files, ordinals, strict=True)}
+    names = [name for item in inputs for _, name in item.files]
+    assert sorted(names, key=int) == [file.name for file in files]
+    assert sum(item.bytes for item in inputs) == sum(file.bytes for file in files)
+    for item in inputs:
+        assert len(item.files) <= size
+        assert {parity[name] for _, name in item.files} == {item.ordinal % 2}
+    if size > 1:
+        assert len({item.ordinal for item in inputs}) == len({item.name for item in inputs}) == len(inputs)
+        for half in (0, 1):
+            assert [len(item.files) for item in inputs if item.ordinal % 2 == half][:-1].count(size) == max(
+                0, -(-list(parity.values()).count(half) // size) - 1)
+
+
+def test_dealt_inputs_have_ordinals() -> None:
+    assert [item.ordinal for item in list_inputs(SourceSpec("pystd-code"))] == list(range(16))
+
+
+# The table
+
+
+@pytest.mark.parametrize("kind", readers.READERS)
+def test_each_kind_says_what_it_is(kind: str) -> None:
+    assert readers.READERS[kind].help
+    assert readers.READERS[kind].options <= set(SourceSpec.__dataclass_fields__)
+
+
+def test_options_that_a_kind_has_not(tmp_path: Path) -> None:
+    for kind, field, value in (("text", "text_key", "body"), ("pystd-code", "files_per_input", 4),
+                               ("jsonl", "languages", ("python",)), ("starcoder", "split_by", "lang"),
+                               ("crystal-h5", "id_key", "id")):  # fmt: skip
+        source = SourceSpec(kind, (str(tmp_path),), **{field: value})
+        for use in (list_inputs, readers.parts):
+            with pytest.raises(UserError, match=f"--{field}: .* --source={kind} has no such option"):
+                use(source)
+    with pytest.raises(UserError, match="--files_per_input: 0 must be 1 or more"):
+        list_inputs(jsonl(tmp_path, files_per_input=0))
+
+
+@pytest.mark.parametrize(("kind", "hint"), [
+    ("jsnl", "did you mean jsonl"), ("star-coder", "did you mean starcoder"), ("tfds", "tfds:NAME"),
+    ("seqoi:task", "did you mean seqio:"), ("parquet:x", "did you mean parquet"), ("tfds:", "names no dataset"),
+])  # fmt: skip
+def test_unknown_kinds(kind: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"--source: '{kind}' .*{hint}"):
+        list_inputs(SourceSpec(kind, ("x",)))
+
+
+def test_sources_and_inputs_pickle(tmp_path: Path) -> None:
+    source = jsonl(write(tmp_path, "a.jsonl"), split_by="a.b", split_names=(("x", "y"),))
+    (item,) = list_inputs(source)
+    assert isinstance(item, Input)
+    assert pickle.loads(pickle.dumps((source, item))) == (source, item)
+    assert hash(source) == hash(pickle.loads(pickle.dumps(source)))
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    for kind in ("text", "jsonl"):
+        path = write(tmp_path, f"{kind}.jsonl")
+        source = SourceSpec(kind, (str(path),))
+        (item,) = list_inputs(source)
+        path.unlink()
+        with pytest.raises(UserError, match=rf"{kind}\.jsonl: can't be read \(No such file"):
+            list(read_input(source, item))
+
+
+def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
+    for kind in ("text", "jsonl"):
+        item = Input("a", ((str(tmp_path), "a"),), 0)  # opens, or not, but can't be read
+        with pytest.raises(UserError, match=rf"{tmp_path}: can't be read \(Is a directory"):
+            list(read_input(SourceSpec(kind, ("x",)), item))
+    if Path("/proc/self/mem").exists():  # opens, but its first page can't be read
+        for kind in ("text", "jsonl"):
+            with pytest.raises(UserError, match=r"/proc/self/mem: can't be read \(Input/output error"):
+                list(read_input(SourceSpec(kind, ("x",)), Input("a", (("/proc/self/mem", "a"),), 0)))
+
+
+@pytest.mark.parametrize(("kind", "package", "message"), [
+    ("tfds:x", "tensorflow_datasets", r"needs tensorflow_datasets; pip install 'crystal-jax\[seqio\]'"),
+    ("seqio:x", "seqio", r"seqio can't be imported \(ModuleNotFoundError.*pip install 'crystal-jax\[seqio\]'"),
+])  # fmt: skip
+def test_a_package_that_is_not_installed_is_named(kind: str, package: str, message: str,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=message):
+        list_inputs(SourceSpec(kind))
+
+
+def test_listing_and_naming_load_no_heavy_package() -> None:
+    program = "import sys; from crystal_jax.data import readers; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"pyarrow", "h5py", "fsspec", "tensorflow_datasets", "seqio", "tensorflow"}
+    assert not heavy & set(result.stdout.split())

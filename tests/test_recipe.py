@@ -9,11 +9,12 @@ import pytest
 from world import tiny_600
 
 from crystal_jax import recipe
-from crystal_jax.config import Config, DataConfig, ModelConfig, Phase, Source, Subset, digest, validate
+from crystal_jax.config import Config, DataConfig, ModelConfig, Phase, Source, Subset
 from crystal_jax.data.schedule import Interleave
-from crystal_jax.data.store import ShardWriter
+from crystal_jax.data.store import FORMAT, ShardWriter, write_manifest
 from crystal_jax.errors import UserError
 from crystal_jax.phases import make_plan
+from crystal_jax.rules import validate
 
 from configs import crystal_7b
 
@@ -120,10 +121,9 @@ def write_store(path: Path, *shards: int) -> None:
     for index, tokens in enumerate(shards):
         with ShardWriter(path / "train", f"{index:05d}", "<u2") as shard:
             shard.add([1] * tokens, {"id": str(index), "source": "x"})
-            entries.append(shard.close())
-    body = {"format": 1, "name": path.name, "tokenizer": {"fingerprint": "f", "vocab_size": 50},
-            "splits": {"train": {"tokens": sum(shards), "shards": entries}}}
-    (path / "manifest.json").write_text(json.dumps({**body, "digest": digest(body)}))
+            entries.append({"ordinal": index, **shard.close()})
+    write_manifest(path, {"format": FORMAT, "name": path.name, "tokenizer": {"fingerprint": "f", "vocab_size": 50},
+                          "splits": {"train": {"tokens": sum(shards), "shards": entries}}})
 
 
 def test_a_store_tells_the_real_epochs(tmp_path: Path) -> None:

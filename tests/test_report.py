@@ -13,12 +13,13 @@ import pytest
 from world import tiny_600
 
 from crystal_jax import report
-from crystal_jax.config import Config, to_dict, validate
+from crystal_jax.config import Config, to_dict
 from crystal_jax.data.schedule import Interleave
 from crystal_jax.errors import UserError
 from crystal_jax.history import load_run
 from crystal_jax.phases import Plan, make_plan
 from crystal_jax.plots import FAMILIES, draw_all, source_colours
+from crystal_jax.rules import validate
 
 from configs import crystal_7b
 

@@ -1,115 +1,38 @@
-"""Token stores: views against a plain concatenation, and every kind of damage found by name."""
+"""Token stores: the files of a shard, its documents, and what opening a store refuses, local and on gs://."""
 
-import itertools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import zstandard
+from stores import make_store, upload
 
+from crystal_jax import files
 from crystal_jax.config import digest
-from crystal_jax.data import store
-from crystal_jax.data.store import ShardWriter, TokenStore, verify
+from crystal_jax.data import store, view
+from crystal_jax.data.store import ShardWriter, TokenStore
 from crystal_jax.errors import UserError
 
-LENGTHS = [[5, 40], [], [3], [200, 1, 9], [], [17, 30]]
-"""Of the documents in each shard of split train."""
-
-
-def make_store(path: Path, lengths: list[list[int]] = LENGTHS, vocab_size: int = 300) -> dict[str, Any]:
-    """A store of documents of ascending ids (modulo the vocabulary); returns its manifest."""
-    numbers = itertools.count()
-    splits = {}
-    for split in store.SPLITS:
-        (path / split).mkdir(parents=True)
-        shards = []
-        for index, documents in enumerate(lengths):
-            with ShardWriter(path / split, f"{index:05d}", store.tokens_dtype(vocab_size)) as writer:
-                for number, length in enumerate(documents):
-                    ids = [next(numbers) % vocab_size for _ in range(length)]
-                    writer.add(ids, {"id": f"{index}:{number}", "source": f"file {index}"})
-                shards.append({"input": f"file {index}", **writer.close()})
-        splits[split] = {"shards": shards, "tokens": sum(shard["tokens"] for shard in shards)}
-    manifest = {
-        "format": store.FORMAT,
-        "name": path.name,
-        "tokenizer": {"fingerprint": "f" * 16, "vocab_size": vocab_size},
-        "splits": splits,
-    }
-    manifest["digest"] = digest(manifest)
-    (path / store.MANIFEST).write_text(json.dumps(manifest))
-    return manifest
+LENGTHS = [[5, 40], [], [3], [200, 2, 9], [], [17, 30]]
+"""Of the documents in each shard."""
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stores") / "made"
-    make_store(path)
+    make_store(path, LENGTHS)
     return path
 
 
-def stream(lengths: list[list[int]], chosen: slice) -> np.ndarray:
-    """The tokens that a view of the chosen shards must give."""
-    sizes = [sum(documents) for documents in lengths]
-    ends = np.cumsum(sizes)
-    pieces = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    return np.concatenate([np.empty(0, np.int64), *pieces[chosen]]) % 300
-
-
-# Views
-
-
-@pytest.mark.parametrize("files", store.ORDINALS)
-@pytest.mark.parametrize("first", [1.0, 0.5, 0.1])
-def test_a_view_is_its_shards_one_after_the_other(made: Path, files: str, first: float) -> None:
-    view = TokenStore.open(made).view("train", files, first)
-    whole = stream(LENGTHS, store.ORDINALS[files])
-    assert view.num_tokens == int(len(whole) * first)
-    out = view.read(0, view.num_tokens)
-    assert out.dtype == np.int32
-    np.testing.assert_array_equal(out, whole[: view.num_tokens])
-
-
-@given(data=st.data())
-def test_reads_and_rows_anywhere(made: Path, data: st.DataObject) -> None:
-    view = TokenStore.open(made).view("train", data.draw(st.sampled_from(list(store.ORDINALS))))
-    whole = view.read(0, view.num_tokens)
-    length = data.draw(st.integers(1, view.num_tokens))
-    starts = np.array(data.draw(st.lists(st.integers(0, view.num_tokens - length), max_size=20)), np.int64)
-    rows = view.rows(starts, length)
-    assert rows.shape == (len(starts), length) and rows.dtype == np.int32
-    for start, row in zip(starts, rows, strict=True):
-        np.testing.assert_array_equal(row, whole[start : start + length])
-        np.testing.assert_array_equal(view.read(int(start), length), row)
-
-
-def test_reads_outside_are_refused(made: Path) -> None:
-    view = TokenStore.open(made).view("train", first=0.5)
-    for start, length in ((-1, 2), (view.num_tokens - 1, 2)):
-        with pytest.raises(AssertionError):
-            view.read(start, length)
-        with pytest.raises(AssertionError):
-            view.rows(np.array([0, start]), length)
-    assert view.read(view.num_tokens, 0).shape == (0,)
-
-
-def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
-    assert store.tokens_dtype(65536) == "<u2" and store.tokens_dtype(65537) == "<u4"
-    make_store(tmp_path / "wide", [[70000]], vocab_size=70000)
-    opened = TokenStore.open(tmp_path / "wide")
-    np.testing.assert_array_equal(opened.view().read(65000, 5000), np.arange(65000, 70000))
-
-
-def test_a_view_without_tokens_is_refused(tmp_path: Path) -> None:
-    make_store(tmp_path / "small", [[5], []])
-    opened = TokenStore.open(tmp_path / "small")
-    with pytest.raises(UserError, match=r"no tokens in files = odd, first = 1.0"):
-        opened.view("train", "odd")
-    with pytest.raises(UserError, match=r"no tokens in files = all, first = 0.1"):
-        opened.view("train", first=0.1)
+@pytest.fixture(scope="module")
+def remote(made: Path, gcs) -> str:
+    """The store `made`, on gs://."""
+    folder = gcs.folder()
+    upload(made, folder)
+    return folder
 
 
 def test_what_a_store_says_about_itself(made: Path) -> None:
@@ -119,18 +42,94 @@ def test_what_a_store_says_about_itself(made: Path) -> None:
     assert opened.fingerprint == opened.manifest["digest"]
 
 
+# Documents
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_documents_of_a_shard(made: Path, remote: str, where: str) -> None:
+    opened = TokenStore.open(made if where == "local" else remote)
+    found = opened.documents("train", "00003")
+    assert found.ends.dtype == np.int64 and found.ends.tolist() == [200, 202, 211]
+    assert found.ids == ["3:0", "3:1", "3:2"] and found.sources == ["file 3"] * 3
+    assert opened.documents("train", "00003") is found
+    empty = opened.documents("train", "00001")
+    assert (empty.ends.tolist(), empty.ids, empty.sources) == ([], [], [])
+
+
+def test_ids_of_any_kind_come_back(tmp_path: Path) -> None:
+    names = ["", "a\nb", "naïve 日本", "\ud800", '"', "\u2028", "\\n"]
+    with ShardWriter(tmp_path, "00000", "<u2") as writer:
+        for name in names:
+            writer.add([1, 2], {"id": name, "source": name[::-1]})
+        entry = writer.close()
+    body = {"name": "x", "digest": "d", "tokenizer": {"fingerprint": "f", "vocab_size": 9}, "splits": {
+        "": {"shards": [entry]}}}
+    assert TokenStore(files.as_path(tmp_path), body).documents("", "00000").ids == names
+
+
+def test_damaged_documents_are_named(tmp_path: Path) -> None:
+    make_store(tmp_path, [[5, 6]])
+    path = tmp_path / "train" / "00000.docs.jsonl.zst"
+    data = path.read_bytes()
+    size = len(data)
+    for changed in (bytes(size), data[:-1] + bytes([data[-1] ^ 1])):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"00000\.docs\.jsonl\.zst: damaged .*`verify"):
+            TokenStore.open(tmp_path).documents("train", "00000")
+    path.write_bytes(data)
+    opened = TokenStore.open(tmp_path)
+    opened.splits["train"]["shards"][0]["documents"] = 3
+    with pytest.raises(UserError, match=r"2 documents, but 2 ends and 3 in the manifest"):
+        opened.documents("train", "00000")
+
+
 # Files
 
 
-def test_files_of_a_shard(made: Path) -> None:
+def test_files_of_a_shard(made: Path, tmp_path: Path) -> None:
     ends = np.fromfile(made / "train" / "00003.ends", "<u8")
-    assert ends.tolist() == [200, 201, 210]
-    tokens = np.fromfile(made / "train" / "00003.tokens", "<u2")
-    assert len(tokens) == 210
-    lines = (made / "train" / "00003.docs.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["3:0", "3:1", "3:2"]
-    assert (made / "train" / "00001.tokens").stat().st_size == 0
-    assert not list(made.glob(f"**/*{store.PARTIAL}*"))
+    assert ends.tolist() == [200, 202, 211]
+    assert len(np.fromfile(made / "train" / "00003.tokens", "<u2")) == 211
+    data = (made / "train" / "00003.docs.jsonl.zst").read_bytes()
+    lines = zstandard.ZstdDecompressor().decompressobj().decompress(data).splitlines()
+    assert [json.loads(line) for line in lines] == [{"id": f"3:{n}", "source": "file 3"} for n in range(3)]
+    assert (made / "train" / "00001.tokens").stat().st_size == (made / "train" / "00001.crc32").stat().st_size == 0
+    make_store(tmp_path, [[70_000]])
+    tokens = (tmp_path / "train" / "00000.tokens").read_bytes()
+    blocks = [zlib.crc32(tokens[start : start + 65536]) for start in range(0, len(tokens), 65536)]
+    assert np.fromfile(tmp_path / "train" / "00000.crc32", "<u4").tolist() == blocks and len(blocks) == 3
+
+
+def test_a_token_takes_little_more_than_two_bytes(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, [[1000] * 200])
+    assert sum(file.bytes for file in store.listed(manifest)) <= 2.05 * 2 * 200_000
+
+
+@pytest.mark.parametrize("buffer", [view.BLOCK, 1 << 20])
+def test_a_shard_is_what_was_added_however_it_is_buffered(
+        tmp_path: Path, buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "BUFFER", buffer)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 1 << 16, size) for size in (0, 1, 70_000, 32_768, 5, 1_200_000, 3)]
+    with ShardWriter(tmp_path, "s", "<u2") as writer:
+        for index, ids in enumerate(documents):
+            writer.add(ids if index % 2 else ids.tolist(), {"id": str(index), "source": "x"})
+        entry = writer.close()
+    tokens = np.concatenate(documents).astype("<u2")
+    assert (tmp_path / "s.tokens").read_bytes() == tokens.tobytes()
+    assert np.fromfile(tmp_path / "s.ends", "<u8").tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
+    data = tokens.tobytes()
+    assert np.fromfile(tmp_path / "s.crc32", "<u4").tolist() == [
+        zlib.crc32(data[start : start + view.BLOCK]) for start in range(0, len(data), view.BLOCK)]
+    assert (entry["name"], entry["tokens"], entry["documents"]) == ("s", len(tokens), len(documents))
+    assert entry["bytes"] == {part: (tmp_path / f"s.{part}").stat().st_size for part in store.PARTS}
+    assert entry["sha256"] == {part: files.sha256(tmp_path / f"s.{part}") for part in store.PARTS}
+
+
+@pytest.mark.parametrize("ids", [[70_000], np.array([70_000]), np.array([-1])])
+def test_ids_that_dont_fit_are_never_written(tmp_path: Path, ids: Any) -> None:
+    with ShardWriter(tmp_path, "00000", "<u2") as writer, pytest.raises((OverflowError, AssertionError)):
+        writer.add(ids, {"id": "a", "source": "b"})
 
 
 def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
@@ -140,66 +139,52 @@ def test_an_abandoned_shard_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# Damage
+# Opening
 
 
-FILES = [f"{split}/0000{index}.{part}" for split in store.SPLITS for index in range(6) for part in store.PARTS]
-
-
-def flip(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
-def test_a_good_store_has_no_problems(made: Path) -> None:
-    read: list[int] = []
-    assert verify(made, read.append) == []
-    assert sum(read) == sum(path.stat().st_size for path in made.glob("*/*"))
+FILES = [f"{split}/0000{index}.{part}" for split in store.SPLITS for index in (0, 1) for part in store.PARTS]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_named(tmp_path: Path, name: str) -> None:
-    make_store(tmp_path)
+def test_a_missing_or_resized_file_is_named(tmp_path: Path, name: str) -> None:
+    make_store(tmp_path, [[5, 40], []])
     path = tmp_path / name
-    data = path.read_bytes()
-    if data:
-        path.write_bytes(flip(data))
-        (problem,) = verify(tmp_path)
-        assert problem.startswith(f"{path}: its contents changed")
-        path.write_bytes(data[:-1])
-        assert verify(tmp_path) == [f"{path}: {len(data) - 1} bytes, the manifest says {len(data)}"]
-    path.write_bytes(data + b"\0")
-    (problem,) = verify(tmp_path)
-    assert problem.startswith(f"{path}: {len(data) + 1} bytes")
+    path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(UserError, match=rf"{name}: .* bytes, the manifest says .*verify"):
         TokenStore.open(tmp_path)
     path.unlink()
-    assert verify(tmp_path) == [f"{path}: can't be read (No such file or directory)"]
-    with pytest.raises(UserError, match=rf"{name}: can't be read"):
+    with pytest.raises(UserError, match=rf"{name}: can't be read \(No such file or directory\)"):
         TokenStore.open(tmp_path)
 
 
-def test_all_damage_is_listed(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    first, second = (tmp_path / "train" / f"0000{index}.tokens" for index in (0, 3))
-    swapped = first.read_bytes()
-    first.write_bytes(flip(swapped))
-    second.unlink()
-    assert [problem.split(":")[0] for problem in verify(tmp_path)] == [str(first), str(second)]
+def test_a_file_that_changes_size_or_goes_after_opening_is_named(tmp_path: Path) -> None:
+    make_store(tmp_path, [[50]])
+    path = tmp_path / "train" / "00000.tokens"
+    opened = TokenStore.open(tmp_path)
+    path.write_bytes(b"12")
+    with pytest.raises(UserError, match=r"train/00000\.tokens: 2 bytes, the manifest says 100"):
+        opened.view().read(0, 1)
+    path.unlink()
+    with pytest.raises(UserError, match=r"train/00000\.tokens: can't be read \(No such file"):
+        opened.view().read(0, 1)
 
 
-def test_swapped_files_of_one_size_are_found(tmp_path: Path) -> None:
-    make_store(tmp_path, [[10], [10]])
-    first, second = (tmp_path / "train" / f"0000{index}.tokens" for index in (0, 1))
-    contents = first.read_bytes(), second.read_bytes()
-    second.write_bytes(contents[0])
-    first.write_bytes(contents[1])
-    TokenStore.open(tmp_path)
-    assert len(verify(tmp_path)) == 2
+def test_on_gs_a_missing_file_is_named_at_once_a_short_one_when_it_is_read(tmp_path: Path, gcs) -> None:
+    make_store(tmp_path, [[50], [60]])
+    (tmp_path / "train" / "00001.tokens").write_bytes(b"12")
+    folder = gcs.folder()
+    upload(tmp_path, folder)
+    found = TokenStore.open(folder).view()
+    assert found.read(0, 51).shape == (51,)
+    with pytest.raises(UserError, match=r"train/00001\.tokens: bytes 0 to 4 can't be read .*shorter"):
+        found.read(49, 3)
+    files.as_path(f"{folder}/train/00001.tokens").unlink()
+    with pytest.raises(UserError, match=r"gs://.*/train/00001\.tokens: missing; `verify"):
+        TokenStore.open(folder)
 
 
 def test_a_damaged_manifest(tmp_path: Path) -> None:
-    manifest = make_store(tmp_path)
+    manifest = make_store(tmp_path, [[5]])
     path = tmp_path / store.MANIFEST
     manifest["splits"]["train"]["shards"][0]["tokens"] += 1
     for text, message in (
@@ -209,23 +194,17 @@ def test_a_damaged_manifest(tmp_path: Path) -> None:
         ("{}", "damaged"),
     ):
         path.write_text(text)
-        assert message in verify(tmp_path)[0]
         with pytest.raises(UserError, match=rf"manifest\.json: {message}"):
             TokenStore.open(tmp_path)
     del manifest["digest"]
-    path.write_text(json.dumps({**manifest, "format": 2, "digest": digest({**manifest, "format": 2})}))
-    with pytest.raises(UserError, match="format 2; this version reads 1"):
+    path.write_text(json.dumps({**manifest, "format": 1, "digest": digest({**manifest, "format": 1})}))
+    with pytest.raises(UserError, match="format 1; this version reads 2"):
         TokenStore.open(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match=r"manifest\.json: missing, so .* is no finished token store"):
         TokenStore.open(tmp_path)
 
 
-def test_the_command(run_cli, tmp_path: Path) -> None:
-    make_store(tmp_path)
-    done = run_cli("verify", tmp_path)
-    assert done.returncode == 0 and "as prepared" in done.stdout
-    damaged = tmp_path / "heldout" / "00000.ends"
-    damaged.write_bytes(flip(damaged.read_bytes()))
-    done = run_cli("verify", tmp_path)
-    assert done.returncode == 1 and str(damaged) in done.stdout and "1 damaged" in done.stderr
+def test_a_folder_on_gs_without_a_store(gcs) -> None:
+    with pytest.raises(UserError, match=r"gs://.*manifest\.json: missing, so gs://.* is no finished token store"):
+        TokenStore.open(gcs.folder())

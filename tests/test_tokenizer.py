@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal_jax.data import readers, tokenizer, tokenizer_training
+from crystal_jax.data import readers, tokenizer_training
 from crystal_jax.data.tokenizer import BYTE_TOKENS, CONTROL_TOKENS, SMALLEST, SPACE, Tokenizer, train_tokenizer
 from crystal_jax.errors import UserError
 
@@ -74,6 +74,9 @@ def test_a_document_is_a_fragment_after_the_dummy_space(trained: Tokenizer, text
 @given(texts=st.lists(anything, max_size=5))
 def test_a_batch_is_its_documents(trained: Tokenizer, texts: list[str]) -> None:
     assert trained.encode_documents(texts) == [trained.encode_document(text) for text in texts]
+    arrays = [trained.document_array(text) for text in texts]
+    assert [array.tolist() for array in arrays] == trained.encode_documents(texts)
+    assert {array.dtype.name for array in arrays} <= {"int32"}
 
 
 def test_special_tokens_are_text_in_documents_and_ids_in_prompts(trained: Tokenizer) -> None:
@@ -90,32 +93,6 @@ def test_special_tokens_are_text_in_documents_and_ids_in_prompts(trained: Tokeni
 def test_broken_bytes_decode_to_replacement_characters(trained: Tokenizer) -> None:
     (first, *_) = trained.encode_fragment("🙂")
     assert trained.decode_fragment([first]) == "\ufffd"
-
-
-def whole(one: Tokenizer, text: str) -> list[int]:
-    """Ids of a document encoded in one piece by the engine that others would use."""
-    engine = tokenizers.Tokenizer.from_file(str(one.path))
-    engine.encode_special_tokens = True
-    return engine.encode(text, add_special_tokens=False).ids
-
-
-def check_chunks(one: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert one.cuts_safely
-    library = [text for text in corpus() if SPACE not in text][:12]
-    texts = [*library, "a" * 500, " \n\t" * 100, "語 \n é\t" * 100]
-    expected = [whole(one, text) for text in texts]
-    for size in (1, 7, 100):
-        monkeypatch.setattr(tokenizer, "CHUNK", size)
-        assert one.encode_documents(texts) == expected
-        assert [one.encode_fragment(" " + text) for text in texts[-3:]] == expected[-3:]
-
-
-def test_cutting_documents_into_chunks_keeps_the_ids(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_chunks(trained, monkeypatch)
-
-
-def test_cutting_keeps_the_released_ids(released: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_chunks(released, monkeypatch)
 
 
 def test_released_ids(reference: Path, released: Tokenizer) -> None:
@@ -150,16 +127,6 @@ def test_settings_that_would_change_documents_are_ignored(trained: Tokenizer, tm
     assert Tokenizer.load(tmp_path / "t.json").encode_document("a b c d e f") == trained.encode_document("a b c d e f")
 
 
-def test_pieces_that_cross_words_are_never_cut(trained: Tokenizer, tmp_path: Path) -> None:
-    spec = json.loads(trained.path.read_text())
-    vocab = spec["model"]["vocab"]
-    (learned,) = (piece for piece, index in vocab.items() if index == 800)
-    vocab[f"a{SPACE}b"] = vocab.pop(learned)
-    spec["model"]["merges"] = []
-    (tmp_path / "crossing.json").write_text(json.dumps(spec))
-    assert not Tokenizer.load(tmp_path / "crossing.json").cuts_safely
-
-
 def test_tokenizers_that_cannot_be_used_are_named(trained: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match=r"tokenizer.json: No such file"):
@@ -174,6 +141,14 @@ def test_tokenizers_that_cannot_be_used_are_named(trained: Tokenizer, tmp_path: 
         Tokenizer.load(path)
     path.write_text(json.dumps({**spec, "added_tokens": [t for t in spec["added_tokens"] if t["content"] != "<s>"]}))
     with pytest.raises(UserError, match=r"has no <s>"):
+        Tokenizer.load(path)
+    plain = [*spec["added_tokens"][:-1], {**spec["added_tokens"][-1], "special": False}]
+    path.write_text(json.dumps({**spec, "added_tokens": plain}))
+    with pytest.raises(UserError, match=r"tokenizer.json: the added token '<\|sys_end\|>' isn't special"):
+        Tokenizer.load(path)
+    vocab = spec["model"]["vocab"]
+    path.write_text(json.dumps({**spec, "model": {**spec["model"], "vocab": {**vocab, "<0xC3><0xA9>": VOCAB - 22}}}))
+    with pytest.raises(UserError, match=r"tokenizer.json: the piece '<0xC3><0xA9>' joins bytes"):
         Tokenizer.load(path)
     spec["added_tokens"][-1]["id"] += 1
     path.write_text(json.dumps(spec))

@@ -15,11 +15,11 @@ from crystal_jax.config import (
     Source,
     Subset,
     TrainingConfig,
-    validate,
 )
-from crystal_jax.data.prepare import prepare
+from crystal_jax.data.prepare import Options, prepare
 from crystal_jax.data.readers import SourceSpec
 from crystal_jax.data.tokenizer import train_tokenizer
+from crystal_jax.rules import validate
 
 from configs import crystal_tiny
 
@@ -56,7 +56,8 @@ def make_world(root: Path, documents: int = 400, vocab_size: int = 420) -> Path:
         for shard in range(4):
             lines = [json.dumps({"text": document}) for document in found[shard::4]]
             (raw / f"{shard}.jsonl").write_text("\n".join(lines) + "\n")
-        prepare(SourceSpec("jsonl", (str(raw),)), name, root / "tokenizer.json", root, heldout=0.1)
+        prepare(SourceSpec("jsonl", (str(raw),)), name, root / "tokenizer.json", root,
+                Options(heldout=0.1))
     return root
 
 

@@ -61,23 +61,28 @@ class Fim:
             return
         self._prefix, self._middle, self._suffix, self._pad = _fim_ids(tokenizer)
         self._pieces = pieces = [tokenizer.piece_bytes(token) for token in range(tokenizer.vocab_size)]
-        self._chars = np.array([_characters(piece) for piece in pieces])
-        self._textless = np.array([not piece for piece in pieces])
+        # A control token counts as one character, which is never split: repository and file name move with the text.
+        self._control = np.isin(np.arange(len(pieces)), tokenizer.special_ids)
+        self._chars = np.array([_characters(piece) for piece in pieces]) + self._control
+        self._textless = np.array([not piece for piece in pieces]) & ~self._control
         self._spaced = np.array([piece.startswith(b" ") for piece in pieces])
         self._ends_spaced = np.array([piece.endswith(b" ") for piece in pieces])
         self._breaks = np.array([piece in (b"\n", b"\t") for piece in pieces])
 
     def apply(
-        self, row: np.ndarray, rng: np.random.Generator, rate: float, spm_rate: float
+        self, row: np.ndarray, rng: np.random.Generator, rate: float, spm_rate: float, kept: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The row with FIM in a share `rate` of its segments, `spm_rate` of those in SPM order, and its loss mask.
 
-        row: int32 [T+1]; a segment lies between <s>, </s> and the ends of the row. Returns int32 [T+1], cut or filled
-        with <|fim_pad|> to the length of the row, and bool [T+1], False on that filling alone.
+        row: int32 [T+1]; a segment lies between <s>, </s> and the ends of the row. kept: bool [T+1], the row's targets
+        (None: all). Returns int32 [T+1], cut or filled with <|fim_pad|> to the length of the row, and bool [T+1]: what
+        was kept of tokens that stay, True in a rearranged segment, False on that filling.
         """
+        kept = np.ones(len(row), bool) if kept is None else kept
         if self._split is None or rate == 0:
-            return row, np.ones(len(row), bool)
+            return row, kept
         out: list[int] = []
+        mask: list[bool] = []
         done = 0
         segments = self._segments(row)
         for (start, end), (chosen, order, *cuts) in zip(segments, rng.random((len(segments), 4)), strict=True):
@@ -88,12 +93,16 @@ class Fim:
             if parts is not None:
                 out += row[done:start].tolist()
                 out += self._ordered(parts, spm=order < spm_rate)
+                mask += kept[done:start].tolist()
+                # Where nothing lies before the segment, nothing predicts what it begins with now.
+                mask += [bool(kept[start]), *[True] * (len(out) - len(mask) - 1)]
                 done = end
         out += row[done:].tolist()
-        kept = min(len(out), len(row))
-        result = np.full(len(row), self._pad, row.dtype)
-        result[:kept] = out[:kept]
-        return result, np.arange(len(row)) < kept
+        mask += kept[done:].tolist()
+        result, targets = np.full(len(row), self._pad, row.dtype), np.zeros(len(row), bool)
+        size = min(len(out), len(row))
+        result[:size], targets[:size] = out[:size], mask[:size]
+        return result, targets
 
     def _segments(self, row: np.ndarray) -> list[tuple[int, int]]:
         marks = np.flatnonzero((row == self._tokenizer.bos_id) | (row == self._tokenizer.eos_id))
@@ -155,9 +164,10 @@ class Fim:
     def _safe_boundaries(self, ids: np.ndarray) -> np.ndarray:
         """Positions in [0, len(ids)] before which the text may be cut without changing the ids on either side."""
         after, before = ids[1:], ids[:-1]
-        safe = self._breaks[after] | self._breaks[before] | (self._spaced[after] & ~self._ends_spaced[before])
-        inner = np.flatnonzero(safe) + 1 if self._tokenizer.cuts_safely else np.empty(0, np.int64)
-        return np.concatenate([[0], inner, [len(ids)]])
+        safe = self._control[after] | self._control[before]
+        if self._tokenizer.cuts_safely:
+            safe |= self._breaks[after] | self._breaks[before] | (self._spaced[after] & ~self._ends_spaced[before])
+        return np.concatenate([[0], np.flatnonzero(safe) + 1, [len(ids)]])
 
     def _word(self, ids: np.ndarray, ends: np.ndarray, safe: np.ndarray, cut: int) -> Word:
         """The word around the cut before character number `cut`; no text where the cut is at a safe boundary.

@@ -5,25 +5,27 @@ is the same, and a new subset starts at its beginning. Nothing here has state, s
 number of hosts, each reading its own rows, sees the same global batch.
 """
 
-import dataclasses
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import grain
 import numpy as np
 
+from crystal_jax import files
 from crystal_jax.config import DOMAINS, Config, Subset, digest
 from crystal_jax.data.fim import Fim
-from crystal_jax.data.schedule import Interleave, Permutation
-from crystal_jax.data.store import TokenStore, TokenView
+from crystal_jax.data.packing import read_plan
+from crystal_jax.data.rows import Rows, make_rows, segments
+from crystal_jax.data.schedule import Interleave, Permutation, Unshuffled
+from crystal_jax.data.store import TokenStore
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.phases import Plan, make_plan
+from crystal_jax.phases import Era, Segment, make_plan
 
 Batch = dict[str, np.ndarray]
-"""inputs, targets int32 [B, T]; mask float32 [B, T]; source int32 [B], an index into the sorted source names."""
+"""inputs, targets int32 [B, T]; mask float32 [B, T]; source int32 [B], an index into the sorted source names; with a
+document mask also segment_ids and positions, int32 [B, T]."""
 
 EPOCH_TOLERANCE = 1.01
 """Documents split over windows and rounding make a stated number of epochs exact to about a percent."""
@@ -31,18 +33,37 @@ EPOCH_TOLERANCE = 1.01
 
 @dataclass(frozen=True)
 class Reading:
-    """A source as one phase reads it."""
+    """A source as one segment of the run reads it."""
 
     name: str
     index: int
     """Into the sorted source names."""
-    view: TokenView
-    rows: int
-    """Windows of sequence_length + 1 tokens that overlap by one."""
-    cursor: int
-    """Rows of this source and subset that earlier phases have read."""
     key: tuple[str, ...]
-    """Names the source and subset in random keys."""
+    """Names the source and what is read of it in random keys; readings of one key share a cursor."""
+    cursor: int
+    """Rows that earlier segments have read under this key."""
+    store: TokenStore
+    rows: Rows | None
+    """None where the store was replaced since: what this segment read is no longer there."""
+    subset: Subset
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A row of a global batch: where it comes from."""
+
+    slot: int
+    """Of the batch."""
+    reading: Reading
+    epoch: int
+    row: int
+    """Of reading.rows."""
+    fim_rate: float
+    spm_rate: float
+
+    @property
+    def source(self) -> str:
+        return self.reading.name
 
 
 class Stores:
@@ -53,7 +74,7 @@ class Stores:
     """
 
     def __init__(self, config: Config):
-        root = Path(config.data.root)
+        root = files.as_path(config.data.root)
         self.tokenizer = Tokenizer.load(root / config.data.tokenizer)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(f"config.model.vocab_size: {config.model.vocab_size} is less than the "
@@ -61,32 +82,49 @@ class Stores:
         used = {name for phase in config.phases for name in phase.mix}
         self.by_source: dict[str, TokenStore] = {}
         for name in sorted(used):
-            store = TokenStore.open(root / config.sources[name].store)
+            store = TokenStore.open(root / config.sources[name].store, config.data.check_blocks)
             if store.tokenizer_fingerprint != self.tokenizer.fingerprint:
                 raise UserError(f"{store.path}: made by tokenizer {store.tokenizer_fingerprint}, but "
                                 f"{self.tokenizer.path} is {self.tokenizer.fingerprint}; set config.data.tokenizer to "
                                 "the one it was made with, or prepare the store again")
             self.by_source[name] = store
+        self._plans: dict[str, str] = {}
+        if config.data.packing == "best_fit":
+            self._plans = {name: read_plan(store, config.data.sequence_length)["digest"]
+                           for name, store in self.by_source.items()}
 
     def fingerprints(self) -> dict[str, str]:
-        return {"tokenizer": self.tokenizer.fingerprint,
-                **{f"store.{name}": store.fingerprint for name, store in self.by_source.items()}}
+        """Of all that decides which tokens a row of a source holds, by name."""
+        found = {"tokenizer": self.tokenizer.fingerprint}
+        for name, store in self.by_source.items():
+            plan = self._plans.get(name)
+            found[f"store.{name}"] = store.fingerprint if plan is None else digest([store.fingerprint, plan])
+        return found
 
 
 class Batches:
     """Random access to the batches of a run: `batches[step]` gives this process's rows of the update at `step`.
 
+    `eras` are the recipes that the run followed before this config, if it was amended.
+
     Raises:
       UserError: a subset too short for one sequence, or a phase that would read a source more often than it states.
     """
 
-    def __init__(self, config: Config, stores: Stores, process: int = 0, processes: int = 1):
-        self.config, self.plan = config, make_plan(config)
+    def __init__(self, config: Config, stores: Stores, process: int = 0, processes: int = 1, eras: Sequence[Era] = ()):
+        self.config, self.plan = config, make_plan(config, eras)
         self.length = config.data.sequence_length
         self.process, self.processes = process, processes
-        self.fim = Fim(stores.tokenizer, config.data.fim_mode if _has_fim(config) else "none")
-        self.interleaves = [Interleave.make(placed.quotas) for placed in self.plan.phases]
-        self.readings = _readings(config, self.plan, stores)
+        self._tokenizer = stores.tokenizer
+        recipes = [*(era.config for era in eras), config]
+        self._document_mask = [recipe.data.document_mask for recipe in recipes]
+        self._fim = [Fim(stores.tokenizer, recipe.data.fim_mode if _has_fim(recipe) else "none") for recipe in recipes]
+        self._interleaves = [Interleave.make(segment.quotas) for segment in self.plan.segments]
+        names = sorted({name for recipe in recipes for name in recipe.sources})
+        if names != sorted(config.sources):
+            lost = sorted(set(names) - set(config.sources))
+            raise UserError(f"config.sources.{lost[0]}: left out, but the run has read from it; leave it there")
+        self.readings = _readings(recipes, self.plan.segments, stores, eras)
 
     def __len__(self) -> int:
         return self.plan.total_steps
@@ -95,57 +133,113 @@ class Batches:
         return f"Batches({self.config.name}, steps={len(self)})"
 
     def __getitem__(self, step: int) -> Batch:
-        placed, phase_step = self.plan.at(step)
-        size = placed.phase.global_batch_size
-        share = size // self.processes
-        first = phase_step * size + self.process * share
-        source, ordinal = self.interleaves[placed.index].locate(np.arange(first, first + share))
+        _, segment = self._segment(step)
+        share = segment.phase.global_batch_size // self.processes
+        slots = np.arange(self.process * share, (self.process + 1) * share)
         tokens = np.empty((share, self.length + 1), np.int32)
         mask = np.ones((share, self.length), np.float32)
-        index = np.empty(share, np.int32)
-        for i, name in enumerate(self.interleaves[placed.index].names):
-            chosen = np.flatnonzero(source == i)
-            if not chosen.size:
-                continue
-            reading = self.readings[placed.index][name]
-            epoch, row = self.rows(reading, ordinal[chosen])
-            tokens[chosen] = reading.view.rows(row * self.length, self.length + 1)
-            index[chosen] = reading.index
-            rate = placed.phase.fim_rate.get(name, 0.0)
-            if rate and self.config.data.fim_mode != "none":
-                for at, e, r in zip(chosen, epoch, row, strict=True):
-                    rng = self._generator("fim", *reading.key, int(e), int(r))
-                    tokens[at], kept = self.fim.apply(tokens[at], rng, rate, placed.phase.spm_rate)
-                    mask[at] = kept[1:]
-        return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, "source": index}
+        source = np.empty(share, np.int32)
+        for reading, chosen, epoch, row in self._groups(step, slots):
+            tokens[chosen], kept = self._rows(reading, step).read(row)
+            rate = segment.phase.fim_rate.get(reading.name, 0.0)
+            if rate:
+                kept = np.ones((len(row), self.length + 1), bool) if kept is None else kept
+                for i, at in enumerate(chosen):
+                    rng = self._generator("fim", *reading.key, int(epoch[i]), int(row[i]))
+                    tokens[at], kept[i] = self._fim[segment.era].apply(
+                        tokens[at], rng, rate, segment.phase.spm_rate, kept[i])
+            if kept is not None:
+                mask[chosen] = kept[:, 1:]
+            source[chosen] = reading.index
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, "source": source}
+        if self._document_mask[segment.era]:
+            ids = self._tokenizer
+            batch["segment_ids"], batch["positions"] = segments(batch["inputs"], ids.bos_id, ids.eos_id)
+        return batch
 
-    def rows(self, reading: Reading, ordinal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, row of the view) of a phase's ordinals: every row once an epoch, each epoch in its own order."""
-        epoch, place = np.divmod(reading.cursor + ordinal, reading.rows)
-        row = np.empty_like(place)
-        for e in np.unique(epoch):
-            inside = epoch == e
-            row[inside] = _permutation(reading.rows, (self.config.data.seed, *reading.key, int(e)))(place[inside])
-        return epoch, row
+    def draws(self, step: int) -> list[Draw]:
+        """Where each row of the global batch at `step` comes from, in the order of its slots."""
+        _, segment = self._segment(step)
+        phase = segment.phase
+        found = [Draw(int(slot), reading, int(epoch), int(row), phase.fim_rate.get(reading.name, 0.0), phase.spm_rate)
+                 for reading, slots, epochs, rows in self._groups(step, np.arange(phase.global_batch_size))
+                 for slot, epoch, row in zip(slots, epochs, rows, strict=True)]
+        return sorted(found, key=lambda draw: draw.slot)
+
+    def steps_of(self, reading: Reading, row: int) -> list[tuple[int, int, int]]:
+        """(step, slot, epoch) of each time that the run reads a row of a reading's key, in order."""
+        found = []
+        for segment, interleave, readings in zip(self.plan.segments, self._interleaves, self.readings, strict=True):
+            own = readings.get(reading.name)
+            if own is None or own.key != reading.key or own.rows is None:
+                continue
+            end = own.cursor + segment.given(segment.end)[own.name]
+            size = own.rows.num_rows
+            for epoch in range(own.cursor // size, -(-end // size)):
+                place = epoch * size + int(self._permutation(own, epoch).inverse(np.array([row]))[0])
+                if own.cursor <= place < end:
+                    step, slot = divmod(interleave.position(own.name, place - own.cursor),
+                                        segment.phase.global_batch_size)
+                    found.append((segment.start + step, slot, epoch))
+        return found
 
     def counts(self, step: int) -> dict[str, int]:
         """Sequences that each source has given to the first `step` updates of the run."""
-        total = dict.fromkeys(sorted(self.config.sources), 0)
-        for placed, interleave in zip(self.plan.phases, self.interleaves, strict=True):
-            done = min(max(step - placed.start, 0), placed.steps) * placed.phase.global_batch_size
-            for name, count in interleave.counts(done).items():
-                total[name] += count
-        return total
+        return {**dict.fromkeys(sorted(self.config.sources), 0), **self.plan.counts(step)}
+
+    def iterate(self, start: int) -> Iterator[Batch]:
+        """The batches from `start` on, read ahead by grain in a thread."""
+        import grain  # with JAX behind it, half a second that `inspect` needn't wait for
+
+        dataset = grain.MapDataset.source(self)[start:]
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def _segment(self, step: int) -> tuple[int, Segment]:
+        return next((number, segment) for number, segment in enumerate(self.plan.segments)
+                    if segment.start <= step < segment.end)
+
+    def _groups(self, step: int, slots: np.ndarray) -> Iterator[tuple[Reading, np.ndarray, np.ndarray, np.ndarray]]:
+        """(reading, indices into `slots`, epochs, rows) of each source that the batch at `step` has rows of."""
+        number, segment = self._segment(step)
+        interleave = self._interleaves[number]
+        source, ordinal = interleave.locate((step - segment.start) * segment.phase.global_batch_size + slots)
+        for i, name in enumerate(interleave.names):
+            chosen = np.flatnonzero(source == i)
+            if chosen.size:
+                reading = self.readings[number][name]
+                yield reading, chosen, *self._places(reading, ordinal[chosen], step)
+
+    def _places(self, reading: Reading, ordinal: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, row) of a segment's ordinals: every row once an epoch, each epoch in its own order."""
+        epoch, place = np.divmod(reading.cursor + ordinal, self._rows(reading, step).num_rows)
+        row = np.empty_like(place)
+        for e in np.unique(epoch):
+            inside = epoch == e
+            row[inside] = self._permutation(reading, int(e))(place[inside])
+        return epoch, row
+
+    def _permutation(self, reading: Reading, epoch: int) -> Permutation | Unshuffled:
+        assert reading.rows is not None
+        if not self.config.data.shuffle:
+            return Unshuffled()
+        return _permutation(reading.rows.num_rows, (self.config.data.seed, *reading.key, epoch))
+
+    def _rows(self, reading: Reading, step: int) -> Rows:
+        if reading.rows is None:
+            raise UserError(f"step {step}: read {reading.store.path} as it was before the run was amended; the store "
+                            "there now is another one")
+        return reading.rows
 
     def _generator(self, *key: object) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(int(digest([self.config.data.seed, *map(str, key)]), 16)))
 
-    def iterate(self, start: int) -> Iterator[Batch]:
-        """The batches from `start` on, read ahead by grain in a thread."""
-        dataset = grain.MapDataset.source(self)[start:]
-        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
-
+def batch_hash(batch: Batch) -> str:
+    """16 hex digits that stand for the rows of a batch, in their order; 8 bytes of BLAKE2b."""
+    value = hashlib.blake2b(digest_size=8)
+    for name in ("inputs", "targets", "mask"):
+        value.update(np.ascontiguousarray(batch[name]).data)
+    return value.hexdigest()
 @lru_cache(maxsize=256)
 def _permutation(rows: int, key: tuple[object, ...]) -> Permutation:
     return Permutation(rows, key)
@@ -155,34 +249,44 @@ def _has_fim(config: Config) -> bool:
     return any(rate > 0 for phase in config.phases for rate in phase.fim_rate.values())
 
 
-def _readings(config: Config, plan: Plan, stores: Stores) -> list[dict[str, Reading]]:
-    cursors: dict[tuple[str, ...], int] = {}
-    names = sorted(config.sources)
+def _readings(recipes: list[Config], segments: Sequence[Segment], stores: Stores,
+              eras: Sequence[Era]) -> list[dict[str, Reading]]:
+    """Per segment, each of its sources with the cursor that the segments before it have left."""
+    cursors: dict[tuple[object, ...], int] = {}
+    names, fingerprints = sorted(recipes[-1].sources), stores.fingerprints()
     result = []
-    for placed in plan.phases:
+    for segment in segments:
         readings = {}
-        for name, quota in placed.quotas.items():
-            subset = placed.phase.subset.get(name, Subset())
-            key = (name, *map(str, dataclasses.astuple(subset)))
-            path = f"config.phases[{placed.index}]"
-            try:
-                view = stores.by_source[name].view("train", subset.files, subset.first)
-            except UserError as error:
-                raise UserError(f"{path}.subset.{name}: {error} (a store has a file per input: one made from a single "
-                                "file has no odd one)") from error
-            rows = (view.num_tokens - 1) // config.data.sequence_length
-            if rows < 1:
-                raise UserError(f"{path}.subset.{name}: {view.num_tokens} tokens of {stores.by_source[name].path} are "
-                                f"less than one sequence of {config.data.sequence_length}; read more of it")
-            stated = placed.phase.epochs.get(name)
-            if stated is not None and quota > stated * rows * EPOCH_TOLERANCE:
-                raise UserError(f"{path}.epochs.{name}: the mix reads {quota / rows:.3g} epochs of "
-                                f"{stores.by_source[name].path}, more than the {stated:g} stated; lower its share, "
-                                "shorten the phase, or state more epochs")
-            readings[name] = Reading(name, names.index(name), view, rows, cursors.get(key, 0), key)
-            cursors[key] = cursors.get(key, 0) + quota
+        config = recipes[segment.era]
+        for name, given in segment.given(segment.end).items():
+            subset = segment.phase.subset.get(name, Subset())
+            key = (name, subset.files, str(subset.first), *([segment.phase.name] if subset.cursor == "fresh" else []))
+            store = stores.by_source[name]
+            now = fingerprints[f"store.{name}"]
+            then = eras[segment.era].fingerprints[f"store.{name}"] if segment.era < len(eras) else now
+            rows = _open_rows(config, segment, name, store) if then == now else None
+            cursor = cursors.get((key, then), 0)
+            readings[name] = Reading(name, names.index(name), key, cursor, store, rows, subset)
+            cursors[key, then] = cursor + given
         result.append(readings)
     return result
+
+
+def _open_rows(config: Config, segment: Segment, name: str, store: TokenStore) -> Rows:
+    subset = segment.phase.subset.get(name, Subset())
+    path, length = f"config.phases[{segment.index}]", config.data.sequence_length
+    try:
+        rows = make_rows(store, "train", subset.files, subset.first, config.data.packing, length)
+    except UserError as error:
+        raise UserError(f"{path}.subset.{name}: {error}") from error
+    if rows.num_rows < 1:
+        raise UserError(f"{path}.subset.{name}: {store.path} has less than one sequence of {length} tokens there; read "
+                        "more of it")
+    stated, quota = segment.phase.epochs.get(name), segment.quotas[name]
+    if stated is not None and quota > stated * rows.num_rows * EPOCH_TOLERANCE:
+        raise UserError(f"{path}.epochs.{name}: the mix reads {quota / rows.num_rows:.3g} epochs of {store.path}, more "
+                        f"than the {stated:g} stated; lower its share, shorten the phase, or state more epochs")
+    return rows
 
 
 def heldout(config: Config, stores: Stores) -> dict[str, np.ndarray]:

@@ -1,180 +1,226 @@
-"""The command `prepare`: raw documents to a token store.
+"""The command `prepare`: raw documents to token stores.
 
-This file owns the way from an input to its shards. Its invariant: the store is a pure function of the source, the
-tokenizer and the held-out share. Each input becomes one shard per split, written to temporary names, then renamed,
-then recorded; so after a kill at any moment the same command finishes with the same bytes, whatever --workers is.
+This file owns the way from a source to its stores: OUTPUT/NAME, or OUTPUT/NAME/PART where the source has parts. Its
+invariant: the bytes of a store are a pure function of the source, the tokenizer and the held-out share, whatever
+processes on whatever machines prepared its inputs, however often they were killed; the manifest is written last.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import errno
 import fcntl
-import hashlib
-import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import re
 import shutil
 import sys
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
-from crystal_jax.config import digest
+from crystal_jax import files
+from crystal_jax.config import digest, nearest
 from crystal_jax.data import readers, store
-from crystal_jax.data.readers import Document, Dropped, Input, SourceSpec
+from crystal_jax.data.fast_tokenizer import ENGINES
+from crystal_jax.data.manifests import Manifest, read_records, summary, write_manifests
+from crystal_jax.data.packing import write_plan
+from crystal_jax.data.readers import Input, SourceSpec
+from crystal_jax.data.runners import run_beam, run_local
+from crystal_jax.data.tasks import PROGRESS, Task, identity, record, scratch
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
 
-BATCH_CHARS = 1 << 20
-"""Text that is tokenised in one call."""
-PROGRESS = "progress"
-"""Folder inside an unfinished store: arguments.json and a record per finished input."""
-DROPPED = "dropped:"
-"""Before the reason, in the counts of an input."""
-SURROGATE = re.compile("[\ud800-\udfff]")
-POLL_SECONDS = 0.5
+ARGUMENTS = "arguments"
+"""Name, without .json, of what an unfinished store was begun with."""
+PACKINGS = ("concat", "best_fit")
 
 
 @dataclass(frozen=True)
-class Task:
-    """One input on its way to shard number `index`."""
+class Options:
+    """How a source is prepared; of all this only `heldout` decides what a store holds."""
 
-    source: SourceSpec
-    item: Input
-    index: int
-    tokenizer: Path
-    fingerprint: str
-    heldout: float
-    folder: Path
+    workers: int = 1
+    heldout: float = 0.02
+    """Share of the documents kept out of training."""
+    engine: str = "auto"
+    runner: str = "local"
+    beam_options: str = ""
+    shard: tuple[int, int] = (0, 1)
+    """(i, n): this machine takes every n-th input, from the i-th on."""
+    packing: str = "concat"
+    """best_fit also plans rows of `sequence_length` + 1 tokens."""
+    sequence_length: int = 2048
 
-    @property
-    def record(self) -> Path:
-        return self.folder / PROGRESS / f"{self.index:05d}.json"
+
+RUNNERS: dict[str, Callable[[list[Task], Options], None]] = {
+    "local": lambda tasks, options: run_local(tasks, options.workers),
+    "beam": lambda tasks, options: run_beam(tasks, options.beam_options),
+}
 
 
-def prepare(source: SourceSpec, name: str, tokenizer: str | Path, output: str | Path, workers: int = 1,
-            heldout: float = 0.02) -> dict[str, Any]:
-    """Writes the token store output/name with `workers` processes and returns its manifest.
+def prepare(source: SourceSpec, name: str, tokenizer: str | Path, output: str | Path,
+            options: Options = Options()) -> list[Manifest]:
+    """Writes the token store of each part of a source and returns their manifests.
 
-    Does nothing when the store is done; goes on where an interrupted run stopped.
+    Does nothing when they are done; goes on where an interrupted run stopped. Where inputs of other shards are still
+    missing, it returns an empty list: whichever run finds all of them finishes the stores.
 
     Raises:
-      UserError: a wrong argument, a damaged input, a store there that was made from other arguments, a full disk.
+      UserError: a wrong argument, a damaged input, a store there that was made from other arguments.
+      OSError: a full disk.
     """
-    folder = _check_name(name, Path(output))
-    if not 0 <= heldout < 1:
-        raise UserError(f"--heldout: {heldout} must be a share from 0 up to, not including, 1")
-    if workers < 1:
-        raise UserError(f"--workers: {workers} must be 1 or more")
-    loaded = Tokenizer.load(tokenizer)
-    inputs = readers.list_inputs(source)
-    arguments = _arguments(source, inputs, loaded, heldout)
-    with _locked(folder), _disk_errors(folder):
-        if (folder / store.MANIFEST).exists():
-            manifest = store.read_manifest(folder)
-            _check_same(folder, arguments, manifest)
-            store.TokenStore.open(folder)
-            print(f"{name}: done already in {folder}", file=sys.stderr)
-        else:
-            _begin(folder, arguments)
-            tasks = [
-                Task(source, item, index, Path(tokenizer), loaded.fingerprint, heldout, folder)
-                for index, item in enumerate(inputs)
-            ]
-            _run([task for task in tasks if not _is_done(task)], workers)
-            manifest = _finish(folder, name, arguments, tasks)
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
-    return manifest
+    _check(options)
+    job = _make_job(source, name, Tokenizer.load(tokenizer), files.as_path(output), options)
+    _refuse_others(job)
+    manifests = _finished(job)
+    if manifests:
+        print(f"{job.folder}: done already", file=sys.stderr)
+    if not manifests or (job.folder / PROGRESS).exists():
+        with _locked(job):
+            manifests = manifests or _finished(job) or _prepare_inputs(job)
+            if not manifests:
+                return []
+            _clear(job)
+    if options.packing == "best_fit":
+        for path, manifest in zip(job.stores.values(), manifests, strict=True):
+            with tqdm(total=manifest["documents"]["kept"], unit=" documents", desc=f"{job.name}: packing") as bar:
+                write_plan(path, options.sequence_length, options.workers, bar.update)
+    return manifests
 
 
-def _check_name(name: str, output: Path) -> Path:
-    if not name or Path(name).is_absolute() or {"", ".", ".."} & set(name.split("/")):
+def _check(options: Options) -> None:
+    index, count = options.shard
+    for flag, value, known in (("engine", options.engine, ENGINES), ("runner", options.runner, RUNNERS),
+                               ("packing", options.packing, PACKINGS)):
+        if value not in known:
+            raise UserError(f"--{flag}: {value!r} must be one of {', '.join(known)}{nearest(value, known)}")
+    rules: tuple[tuple[str, Any, bool, str], ...] = (
+        ("heldout", options.heldout, 0 <= options.heldout < 1, "be a share from 0 up to, not including, 1"),
+        ("workers", options.workers, options.workers >= 1, "be 1 or more"),
+        ("shard", f"{index}/{count}", 0 <= index < count, "be I/N with I from 0 to N-1"),
+        ("sequence_length", options.sequence_length, options.sequence_length >= 1, "be 1 or more"),
+        ("beam_options", options.beam_options, options.runner == "beam" or not options.beam_options,
+         "be left out without --runner=beam"),
+    )  # fmt: skip
+    for flag, value, right, rule in rules:
+        if not right:
+            raise UserError(f"--{flag}: {value} must {rule}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a command is about, once its arguments have been looked at."""
+
+    name: str
+    folder: epath.Path
+    stores: dict[str, epath.Path]
+    """By part."""
+    tokenizer: Tokenizer
+    options: Options
+    arguments: dict[str, Any]
+    """What decides the contents; it opens each manifest."""
+    tasks: list[Task]
+
+
+def _make_job(source: SourceSpec, name: str, tokenizer: Tokenizer, output: epath.Path, options: Options) -> Job:
+    if {"", ".", ".."} & set(name.split("/")):
         raise UserError(f"--name: {name!r} must be a path below --output, such as slimpajama/C4")
-    return output / name
+    folder = output / name
+    inputs = readers.list_inputs(source)
+    arguments = _arguments(source, inputs, tokenizer, options)
+    stores = {part: folder / part if part else folder for part in readers.parts(source)}
+    # The same tokenizer may lie in another file.
+    stamp = digest({**_names_only(arguments), "tokenizer": tokenizer.fingerprint})
+    tasks = [
+        Task(source, item, index, os.fspath(tokenizer.path), tokenizer.fingerprint, options.engine, options.heldout,
+             os.fspath(folder), stamp)
+        for index, item in enumerate(inputs)
+    ]  # fmt: skip
+    return Job(name, folder, stores, tokenizer, options, arguments, tasks)
 
 
-def _arguments(source: SourceSpec, inputs: list[Input], tokenizer: Tokenizer, heldout: float) -> dict[str, Any]:
-    """What decides the store's contents; it opens the manifest."""
+def _arguments(source: SourceSpec, inputs: list[Input], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
     return {
         "format": store.FORMAT,
         "source": source.kind,
-        "inputs": [_identity(item) for item in inputs],
+        "inputs": [identity(item) for item in inputs],
         "text_key": source.text_key,
         "id_key": source.id_key,
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "file": tokenizer.path.name,
-        },
-        "heldout": heldout,
-        "packing": "concat",
+        "split_by": source.split_by,
+        "split_names": [list(pair) for pair in source.split_names],
+        "tokenizer": store.describe_tokenizer(tokenizer),
+        "heldout": options.heldout,
         "dtype": store.tokens_dtype(tokenizer.vocab_size),
     }
 
 
-def _identity(item: Input) -> dict[str, Any]:
-    return {"name": item.name, "files": len(item.files), "bytes": item.bytes}
+def _names_only(arguments: dict[str, Any]) -> dict[str, Any]:
+    """An input that has changed is read again: a damaged file may have been fetched once more."""
+    return {**arguments, "inputs": [item["name"] for item in arguments["inputs"]]}
 
 
-def _is_done(task: Task) -> bool:
-    if not task.record.exists():
-        return False
-    return json.loads(task.record.read_text(encoding="utf-8"))["input"] == _identity(task.item)
+# What is there already
+
+
+def _refuse_others(job: Job) -> None:
+    folder = job.folder
+    for path in {folder, *job.stores.values()}:
+        if _exists(path / store.MANIFEST):
+            found = files.read_json(path / store.MANIFEST)
+            written = found.get("format") if isinstance(found, dict) else None
+            if written != store.FORMAT:
+                raise UserError(f"{path}: a token store of format {written}; this version writes format "
+                                f"{store.FORMAT}: remove the folder and run the same command again")
+    if not _exists(record(os.fspath(folder), ARGUMENTS)) and not _is_finished(job) and folder.exists():
+        others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
+        if others:
+            raise UserError(f"{folder}: holds {others[0]} but is no token store; choose another --name or remove it")
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second `prepare` out of the folder; the lock dies with the process."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--output: {folder} can't be made ({error.strerror})") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _locked(job: Job) -> Iterator[None]:
+    """Keeps a second run for the same inputs off this machine's folder; the lock dies with the process."""
+    local = scratch(os.fspath(job.folder))
+    index, count = job.options.shard
+    # Runs for different shards share the first lock.
+    locks = [("lock", fcntl.LOCK_EX)] if count == 1 else [("lock", fcntl.LOCK_SH),
+                                                          (f"shard-{index}-of-{count}", fcntl.LOCK_EX)]
+    with contextlib.ExitStack() as stack:
+        for name, kind in locks:
+            try:
+                local.mkdir(parents=True, exist_ok=True)
+                handle = os.open(local / name, os.O_RDWR | os.O_CREAT)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{job.folder}: another `prepare` is writing it; wait for it, or give each its own "
+                                "--shard or --name") from error
+            except OSError as error:
+                raise UserError(f"--output: {local} can't be made ({error.strerror})") from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another `prepare` is writing it; wait for it or choose another --name") from error
-    finally:
-        os.close(handle)
 
 
-def _begin(folder: Path, arguments: dict[str, Any]) -> None:
-    """Makes the folders, or checks that an earlier run began them with the same arguments.
-
-    An input that has changed since is only read again: a damaged file may have been fetched once more.
-    """
-    arguments = {**arguments, "inputs": [item["name"] for item in arguments["inputs"]]}
-    file = folder / PROGRESS / "arguments.json"
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
-    if any(path != file for path in file.parent.glob("*.json")):
-        _check_same(folder, arguments, json.loads(file.read_text(encoding="utf-8")))
-    elif strangers and not file.exists():
-        raise UserError(f"{folder}: holds {strangers[0]} but is no token store; choose another --name or remove it")
+def _begin(job: Job) -> None:
+    """Writes down the arguments, or checks that the run that has records began with the same."""
+    arguments = _names_only(job.arguments)
+    path = record(os.fspath(job.folder), ARGUMENTS)
+    names = files.list_files(job.folder / PROGRESS)
+    if path.name in names and any(name.removesuffix(".json").isdigit() for name in names):
+        _check_same(job.folder, arguments, files.read_json(path))
     else:
-        file.parent.mkdir(exist_ok=True)
-        _write(file, arguments)
-    for split in store.SPLITS:
-        (folder / split).mkdir(exist_ok=True)
+        files.write_json(path, arguments)
 
 
-def _check_same(folder: Path, arguments: dict[str, Any], earlier: dict[str, Any]) -> None:
+def _check_same(folder: epath.Path, arguments: dict[str, Any], earlier: dict[str, Any]) -> None:
     for field, value in arguments.items():
         before: Any = earlier.get(field)
         if before == value:
             continue
-        if field == "tokenizer" and before["fingerprint"] == value["fingerprint"]:
-            continue  # the same tokenizer under another file name
+        if field == "tokenizer":
+            if before["fingerprint"] == value["fingerprint"]:
+                continue  # under another file name
+            before, value = (f"fingerprint {found['fingerprint']}, file {found['file']}" for found in (before, value))
         if field == "inputs":
             pairs = [(old, new) for old, new in zip(before, value, strict=False) if old != new]
             before, value = pairs[0] if pairs else (f"{len(before)} inputs", f"{len(value)} inputs")
@@ -186,191 +232,119 @@ def _plain(value: Any) -> str:
     return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _run(tasks: list[Task], workers: int) -> None:
-    """Prepares each task's input in a pool of processes, with a progress bar on stderr."""
-    if not tasks:
-        return
-    context = multiprocessing.get_context("spawn")
-    done: Any = context.Array("Q", 2)  # bytes read, tokens written
-    with (
-        ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done,)) as pool,
-        tqdm(unit="B", unit_scale=True, desc=tasks[0].folder.name, mininterval=1) as bar,
-    ):
-        waiting: set[Future[None]] = {pool.submit(_prepare_input, task) for task in tasks}
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                read, tokens = done
-                bar.update(read - bar.n)
-                bar.set_postfix(tokens=f"{tokens:,}", inputs_left=len(waiting), refresh=False)
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool as error:
-            raise UserError(f"{tasks[0].folder}: a worker was killed, perhaps for lack of memory; run the same command "
-                            "again, with fewer --workers") from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_done: Any = None
-"""In a worker: bytes read and tokens written by all workers together."""
-
-
-def _start_worker(done: Any) -> None:
-    global _done
-    _done = done
-    os.environ["RAYON_NUM_THREADS"] = "1"  # a process per input is the parallelism
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _die_with(sentinel: int) -> None:
-    """An orphan would write on for hours beside the command that was started again."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _prepare_input(task: Task) -> None:
-    with _disk_errors(task.folder):
-        prepare_input(task, _count_progress)
-
-
-def _count_progress(read: int, tokens: int) -> None:
-    with _done.get_lock():
-        _done[0] += read
-        _done[1] += tokens
-
-
-def prepare_input(task: Task, progress: Any = lambda read, tokens: None) -> None:
-    """Writes the shards of one input, then its record.
-
-    Raises:
-      UserError: the input is damaged or the tokenizer was changed meanwhile.
-    """
-    tokenizer = Tokenizer.load(task.tokenizer)
-    if tokenizer.fingerprint != task.fingerprint:
-        raise UserError(f"{task.tokenizer}: was changed while `prepare` ran; run it again")
-    counts: Counter[str] = Counter()
-    dtype = store.tokens_dtype(tokenizer.vocab_size)
-    with contextlib.ExitStack() as stack:
-        name = f"{task.index:05d}"
-        shards = {
-            split: stack.enter_context(store.ShardWriter(task.folder / split, name, dtype)) for split in store.SPLITS
-        }
-        for batch in _batches(task, counts):
-            encoded = tokenizer.encode_documents([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                split = "heldout" if held_out(document.group, task.heldout) else "train"
-                identity = {"id": document.id, "source": document.source}
-                shards[split].add([tokenizer.bos_id, *ids, tokenizer.eos_id], identity)
-            progress(sum(len(document.text.encode()) for document in batch), sum(map(len, encoded)))
-        splits = {split: {"input": task.item.name, **shard.close()} for split, shard in shards.items()}
-    _write(task.record, {"input": _identity(task.item), "splits": splits, "counts": dict(counts)})
-
-
-def _batches(task: Task, counts: Counter[str]) -> Iterator[list[Document]]:
-    """Documents that are kept, about BATCH_CHARS at a time; `counts` takes them and, per reason, the others."""
-    batch: list[Document] = []
-    chars = 0
-    for document in readers.read_input(task.source, task.item):
-        counts["read"] += 1
-        reason = document.reason if isinstance(document, Dropped) else None if document.text else "empty"
-        if reason is not None:
-            counts[DROPPED + reason] += 1
-            continue
-        assert isinstance(document, Document)
-        text, replaced = SURROGATE.subn("\ufffd", document.text)
-        counts["kept"] += 1
-        counts["replaced_surrogates"] += replaced
-        counts["text_bytes"] += len(text.encode())
-        batch.append(dataclasses.replace(document, text=text))
-        chars += len(text)
-        if chars >= BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    yield batch
-
-
-def held_out(group: str, share: float) -> bool:
-    """Whether the documents of a group are held out: a fixed hash of its name, the same on every machine."""
-    value = hashlib.sha256(b"heldout:" + group.encode("utf-8", errors="replace")).digest()
-    return int.from_bytes(value[:8], "big") < share * 2**64
-
-
-def _finish(folder: Path, name: str, arguments: dict[str, Any], tasks: list[Task]) -> dict[str, Any]:
-    """Writes the manifest from the records of all inputs."""
-    records = [json.loads(task.record.read_text(encoding="utf-8")) for task in tasks]
-    counts: Counter[str] = Counter()
-    for record in records:
-        counts.update(record["counts"])
-    dropped = {key.removeprefix(DROPPED): counts[key] for key in sorted(counts) if key.startswith(DROPPED)}
-    assert counts["read"] == counts["kept"] + sum(dropped.values())
-    if not counts["kept"]:
-        raise UserError(f"{folder}: {counts['read']} documents read, none kept; look at --input and --text_key")
-    fields = ("read", "kept", "replaced_surrogates", "text_bytes")
-    splits = {}
-    for split in store.SPLITS:
-        shards = [record["splits"][split] for record in records]
-        totals = {field: sum(shard[field] for shard in shards) for field in ("tokens", "documents")}
-        splits[split] = {**totals, "shards": shards}
-        for leftover in (folder / split).glob(f"*{store.PARTIAL}*"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
-    documents = {**{field: counts[field] for field in fields}, "dropped": dropped}
-    manifest = {**arguments, "name": name, "documents": documents, "splits": splits}
-    manifest["digest"] = digest(manifest)
-    _write(folder / store.MANIFEST, manifest)
-    return manifest
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}{store.PARTIAL}{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _exists(file: epath.Path) -> bool:
+    """Asks the storage itself: epath may answer from a listing on gs:// that it has kept."""
     try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{folder}: the disk is full; free some space and run the same command again, which goes on "
-                        "where this one stopped") from error
+        files.read_bytes(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
-def summary(manifest: dict[str, Any]) -> str:
-    """One line about a finished store."""
-    documents, splits = manifest["documents"], manifest["splits"]
-    tokens = sum(split["tokens"] for split in splits.values())
-    reasons = ", ".join(f"{count} {reason}" for reason, count in documents["dropped"].items())
-    return (
-        f"{manifest['name']}: {documents['kept']:,} documents, {tokens:,} tokens "
-        f"({splits['heldout']['tokens']:,} held out), {documents['text_bytes'] / max(tokens, 1):.2f} bytes/token, "
-        f"dropped {sum(documents['dropped'].values()):,}" + (f" ({reasons})" if reasons else "")
-    )
+def _is_finished(job: Job) -> bool:
+    return all(_exists(path / store.MANIFEST) for path in job.stores.values())
+
+
+def _finished(job: Job) -> list[Manifest]:
+    """The manifests, when all of them are there and were made from these arguments."""
+    if not _is_finished(job):
+        return []
+    manifests = [_sound(path) for path in job.stores.values()]
+    for path, manifest in zip(job.stores.values(), manifests, strict=True):
+        _check_same(path, job.arguments, manifest)
+    return manifests
+
+
+def _sound(path: epath.Path) -> Manifest:
+    try:
+        return store.TokenStore.open(path).manifest
+    except UserError as error:
+        raise UserError(f"{error} (first remove {path})") from error
+
+
+# What is left to do
+
+
+def _prepare_inputs(job: Job) -> list[Manifest]:
+    """Prepares those inputs of this shard that have no record yet; completes the stores if all have one then."""
+    _begin(job)
+    index, count = job.options.shard
+    done = read_records(job.tasks)
+    if left := [task for task in job.tasks[index::count] if task.index not in done]:
+        RUNNERS[job.options.runner](left, job.options)
+        done = read_records(job.tasks)
+    if len(done) == len(job.tasks):
+        return write_manifests(job.stores, job.name, job.arguments, [done[task.index] for task in job.tasks],
+                               job.tokenizer)  # fmt: skip
+    if finished := _finished(job):  # by another shard's run, which removed the records
+        return finished
+    if lost := [task for task in job.tasks[index::count] if task.index not in done]:
+        raise UserError(f"{job.folder}: {len(lost)} inputs are prepared but not there, the first {lost[0].item.name}; "
+                        "can all workers write to --output? Run the same command again")
+    print(f"{job.folder}: shard {index}/{count} is done; {len(done)} of {len(job.tasks)} inputs are there; the last "
+          "shard finishes the store, or the same command without --shard", file=sys.stderr)
+    return []
+
+
+def _clear(job: Job) -> None:
+    """Removes all that isn't part of the finished stores."""
+    for path in job.stores.values():
+        for leftover in path.glob(f".{store.MANIFEST}{files.PARTIAL}*"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another shard's run, which finished too, removes it
+        (job.folder / PROGRESS).rmtree()
+    shutil.rmtree(scratch(os.fspath(job.folder)), ignore_errors=True)
+
+
+# The command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{kind}: {reader.help}" for kind, reader in readers.READERS.items())
-    parser.add_argument("--source", required=True, metavar="KIND", help=kinds)
-    parser.add_argument("--input", action="append", default=[], help="files, folders or globs; commas or repeated")
-    parser.add_argument("--name", required=True, help="of the store: it is written to OUTPUT/NAME")
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer.json")
-    parser.add_argument("--output", required=True, help="folder of all stores (data.root of a config)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; each takes one input at a time")
-    parser.add_argument("--heldout", type=float, default=0.02, help="share of the documents kept out of training")
-    parser.add_argument("--text_key", default="text", help="of JSON lines")
-    parser.add_argument("--id_key", help="of JSON lines; without it a document is named by file and line")
+    add = parser.add_argument
+    add("--source", required=True, metavar="KIND", help=kinds)
+    add("--input", action="append", default=[], help="files, folders or globs, local or gs://; commas or repeated")
+    add("--name", required=True, help="of the store: it is written to OUTPUT/NAME, its parts to OUTPUT/NAME/PART")
+    add("--tokenizer", required=True, help="a tokenizer.json")
+    add("--output", required=True, help="folder of all stores (data.root of a config), local or gs://")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; each takes one input at a time")
+    add("--heldout", type=float, default=Options.heldout, help="share of the documents kept out of training")
+    add("--text_key", default=SourceSpec.text_key, help="column or key of the text")
+    add("--id_key", help="column or key of a document's name; without it file and line name it")
+    add("--split_by", help="dotted key whose value says which store a document goes to")
+    add("--split_names", action="append", default=[], metavar="VALUE=STORE", help="its values; commas or repeated")
+    add("--languages", action="append", default=[], help="of starcoder: the folders to read; commas or repeated")
+    add("--files_per_input", type=int, default=SourceSpec.files_per_input, help="files that become one shard")
+    add("--engine", default=Options.engine, help=f"of tokenising: {', '.join(ENGINES)}; all give the same ids")
+    add("--shard", default="0/1", metavar="I/N", help="take every N-th input, from the I-th (from 0) on")
+    add("--runner", default=Options.runner, help=f"where the inputs are prepared: {', '.join(RUNNERS)}")
+    add("--beam_options", default="", help="of --runner=beam, in quotes: Beam's own arguments")
+    add("--packing", default=Options.packing, help="best_fit: also plan rows, for config.data.packing=best_fit")
+    add("--sequence_length", type=int, default=Options.sequence_length, help="tokens of a row of that plan")
 
 
 def main(args: argparse.Namespace) -> int:
-    source = SourceSpec(args.source, tuple(readers.split_commas(args.input)), args.text_key, args.id_key)
-    manifest = prepare(source, args.name, args.tokenizer, args.output, args.workers, args.heldout)
-    print(summary(manifest))
+    source = SourceSpec(
+        args.source, tuple(readers.split_commas(args.input)), args.text_key, args.id_key, args.split_by,
+        tuple(_pair(item) for item in readers.split_commas(args.split_names)),
+        tuple(readers.split_commas(args.languages)), args.files_per_input,
+    )  # fmt: skip
+    options = Options(args.workers, args.heldout, args.engine, args.runner, args.beam_options, _shard(args.shard),
+                      args.packing, args.sequence_length)
+    for manifest in prepare(source, args.name, args.tokenizer, args.output, options):
+        print(summary(manifest))
     return 0
+
+
+def _pair(item: str) -> tuple[str, str]:
+    value, equals, name = item.partition("=")
+    if not (value and equals and name):
+        raise UserError(f"--split_names: {item!r} must be VALUE=STORE")
+    return value, name
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise UserError(f"--shard: {text!r} must be I/N with I from 0 to N-1, such as 0/4")
+    return int(index), int(count)

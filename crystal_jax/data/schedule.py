@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crystal_jax.config import digest
+from crystal_jax.phases import dealing_order, dealt, share
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Interleave:
 
     @classmethod
     def make(cls, quotas: dict[str, int]) -> "Interleave":
-        names = sorted(quotas, key=lambda name: (-quotas[name], name))
+        names = dealing_order(quotas)
         return cls(tuple(names), tuple(quotas[name] for name in names))
 
     @property
@@ -36,11 +37,7 @@ class Interleave:
 
     def counts(self, position: int) -> dict[str, int]:
         """Sequences that each source has given before `position`."""
-        counts, left, total = {}, position, self.length
-        for name, quota in zip(self.names, self.quotas, strict=True):
-            counts[name] = int(_share(left, quota, total))
-            left, total = left - counts[name], total - quota
-        return counts
+        return dealt(dict(zip(self.names, self.quotas, strict=True)), position)
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index into `names`, ordinal within the source's quota), int64, for positions [n] of the phase."""
@@ -49,8 +46,8 @@ class Interleave:
         source, ordinal = np.full(left.shape, -1), np.zeros(left.shape, np.int64)
         total = self.length
         for index, quota in enumerate(self.quotas):
-            before = _share(left, quota, total)
-            chosen = (source < 0) & (_share(left + 1, quota, total) > before)
+            before = share(left, quota, total)
+            chosen = (source < 0) & (share(left + 1, quota, total) > before)
             source[chosen], ordinal[chosen] = index, before[chosen]
             left, total = left - before, total - quota
         return source, ordinal
@@ -65,11 +62,6 @@ class Interleave:
             # The place-th position that is left over is the one before which `place` are left over.
             place = _nth(place, totals[i] - self.quotas[i], totals[i], rounded_up=False)
         return place
-
-
-def _share(position, quota: int, total: int):
-    """round(position * quota / total), halves up: how many of the first `position` places belong to the quota."""
-    return (position * quota + total // 2) // total if total else position * 0
 
 
 def _nth(ordinal: int, quota: int, total: int, rounded_up: bool = True) -> int:
@@ -122,6 +114,15 @@ class Permutation:
         for key in keys:
             left, right = right ^ (_mix(left + key) & self._mask), left
         return (left << half) | right
+
+
+class Unshuffled:
+    """The permutation that leaves all where it is."""
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        return np.asarray(index, np.int64)
+
+    inverse = __call__
 
 
 def _mix(value: np.ndarray) -> np.ndarray:

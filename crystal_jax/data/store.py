@@ -1,48 +1,83 @@
-"""Token stores: tokenised documents as flat shards with a manifest, and the views that training reads.
+"""Token stores: tokenised documents as flat shards with a manifest.
 
-This file owns the layout on disk. Its invariant: what is read is what `prepare` wrote (sizes at every open, sha256 by
-`verify`), and a view is a pure function of the manifest, so position i is the same token on every machine.
+This file owns the layout on disk. Its invariant: what is read is what `prepare` wrote (files and sizes at every open,
+blocks at their first touch where asked, everything by `verify`).
 
-    manifest.json                 written last: a folder without one isn't a store
+    manifest.json                 written last: a folder without one isn't a store; its "control_ids" are the ids of
+                                  special tokens that documents may hold besides their <s> and </s>
     train/, heldout/
         NNNNN.tokens              <s> document </s> <s> document </s> ...; little-endian uint16, uint32 above 65536 rows
         NNNNN.ends                uint64: where each document ends (exclusive), in tokens of the shard
-        NNNNN.docs.jsonl          {"id", "source"} per document
+        NNNNN.docs.jsonl.zst      {"id", "source"} per document
+        NNNNN.crc32               uint32: zlib.crc32 of each 64 KiB of NNNNN.tokens, the last may be shorter
+    packing/                      plans of packed rows, where they were asked for
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+import zstandard
+from etils import epath
 
+from crystal_jax import files
 from crystal_jax.config import digest
+from crystal_jax.data.view import BLOCK, Piece, ShardSpan, TokenView
 from crystal_jax.errors import UserError
+from crystal_jax.files import Location
 
-FORMAT = 1
+__all__ = ["BLOCK", "FORMAT", "MANIFEST", "ORDINALS", "PARTS", "SPLITS", "Documents", "Listed", "Piece",
+           "ShardSpan", "ShardWriter", "TokenStore", "TokenView", "describe_tokenizer", "listed", "read_manifest",
+           "size_problem", "tokens_dtype", "write_manifest"]
+
+FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
-PARTS = ("tokens", "ends", "docs.jsonl")
-ORDINALS = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
-"""Which shards of a split a view reads; they are in the order of the source's inputs."""
-PARTIAL = ".partial-"
-"""Between a file's name and the process that still writes it."""
-HASH_BYTES = 1 << 22
+PARTS = ("tokens", "ends", "docs.jsonl.zst", "crc32")
+ORDINALS = {"all": (0, 1), "even": (0,), "odd": (1,)}
+"""Which shards of a split a view reads: those whose ordinal leaves one of these when divided by two."""
+BUFFER = 1 << 20
+"""Bytes that a writer collects before it hashes and writes them; a multiple of BLOCK."""
+CACHED_DOCUMENTS = 4
+"""Shards whose list of documents a store keeps in memory."""
 
 
 def tokens_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-class TokenStore:
-    """A token store whose manifest and file sizes have been checked."""
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """The manifest's entry "tokenizer" for a `Tokenizer`: `verify` scans for ids of special tokens by it."""
+    return {
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "file": tokenizer.path.name,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+        "special_ids": sorted(tokenizer.special_ids),
+    }
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+
+class Documents(NamedTuple):
+    """The documents of a shard, in order."""
+
+    ends: np.ndarray
+    """int64: exclusive, in tokens of the shard."""
+    ids: list[str]
+    sources: list[str]
+
+
+class TokenStore:
+    """A token store whose manifest and files have been looked at."""
+
+    def __init__(self, path: epath.Path, manifest: dict[str, Any], check_blocks: bool = False) -> None:
         self.path = path
         self.manifest = manifest
         self.name: str = manifest["name"]
@@ -50,119 +85,101 @@ class TokenStore:
         self.tokenizer_fingerprint: str = manifest["tokenizer"]["fingerprint"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
         self.splits: dict[str, Any] = manifest["splits"]
+        self._check_blocks = check_blocks
+        self._documents = lru_cache(CACHED_DOCUMENTS)(self._read_documents)
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenStore":
-        """The store in a folder, after a look at the size of every file.
+    def open(cls, path: Location, check_blocks: bool = False) -> "TokenStore":
+        """The store in a folder, after a look at its files: the size of each, on gs:// only that it is there.
+
+        With check_blocks its views compare each block with its checksum when they first read it.
 
         Raises:
           UserError: no store there, another format, a file that is missing or has another size.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
-        problems = (problem for file in _listed(path, manifest) if (problem := _size_problem(*file)))
-        if problem := next(problems, None):
+        folder = files.as_path(path)
+        manifest = read_manifest(folder)
+        if problem := next(_missing_or_resized(folder, manifest), None):
             raise UserError(f"{problem}; `verify {path}` lists all damage, `prepare` makes the store again")
-        return cls(path, manifest)
+        return cls(folder, manifest, check_blocks)
 
-    def view(self, split: str = "train", files: str = "all", first: float = 1.0) -> "TokenView":
+    def view(self, split: str = "train", files: str = "all", first: float = 1.0) -> TokenView:
         """The shards of a split, by ordinal (all, even, odd), cut to the leading share `first` of their tokens.
 
         Raises:
           UserError: nothing is left to read.
         """
-        shards = self.splits[split]["shards"][ORDINALS[files]]
-        dtype = np.dtype(tokens_dtype(self.vocab_size))
+        shards = [shard for shard in self.splits[split]["shards"] if shard["ordinal"] % 2 in ORDINALS[files]]
         folder = self.path / split
-        view = TokenView([(folder / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards], dtype, first)
+        view = TokenView(folder, shards, tokens_dtype(self.vocab_size), first, self._check_blocks)
         if view.num_tokens == 0:
             raise UserError(f"{folder}: no tokens in files = {files}, first = {first}; read more of it or prepare more")
         return view
 
+    def documents(self, split: str, shard: str) -> Documents:
+        """The documents of a shard, by its name; the last few that were asked for are kept in memory.
 
-class TokenView:
-    """Shards one after the other as one stream of tokens, which may be read anywhere."""
+        Raises:
+          UserError: a damaged file.
+        """
+        return self._documents(split, shard)
 
-    def __init__(self, shards: list[tuple[Path, int]], dtype: np.dtype[Any], first: float) -> None:
-        self._paths = [path for path, _ in shards]
-        self._dtype = dtype
-        self._maps: dict[int, np.ndarray] = {}
-        self._starts = np.concatenate([[0], np.cumsum([tokens for _, tokens in shards], dtype=np.int64)])
-        self.num_tokens = int(self._starts[-1] * first)
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """int32 [length]: the tokens from `start` on, across shards where need be."""
-        assert start >= 0 and start + length <= self.num_tokens, (start, length, self.num_tokens)
-        out = np.empty(length, np.int32)
-        done = 0
-        shard = int(self._shard_of(start))
-        while done < length:
-            offset = start + done - self._starts[shard]
-            piece = self._tokens(shard)[offset : offset + length - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            shard += 1
-        return out
-
-    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """int32 [len(starts), length]: the tokens from each start on."""
-        starts = np.asarray(starts, np.int64)
-        assert len(starts) == 0 or (starts.min() >= 0 and starts.max() + length <= self.num_tokens), self.num_tokens
-        out = np.empty((len(starts), length), np.int32)
-        shards = self._shard_of(starts)
-        whole = starts + length <= self._starts[shards + 1]
-        for shard in np.unique(shards[whole]):
-            chosen = np.flatnonzero(whole & (shards == shard))
-            windows = sliding_window_view(self._tokens(int(shard)), length)
-            out[chosen] = windows[starts[chosen] - self._starts[shard]]
-        for row in np.flatnonzero(~whole):
-            out[row] = self.read(int(starts[row]), length)
-        return out
-
-    def _shard_of(self, position: Any) -> Any:
-        return np.searchsorted(self._starts, position, side="right") - 1
-
-    def _tokens(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            empty = self._starts[shard] == self._starts[shard + 1]  # an empty file can't be mapped
-            mapped = np.empty(0) if empty else np.memmap(self._paths[shard], self._dtype, mode="r")
-            self._maps[shard] = np.asarray(mapped)  # memmap's own indexing is slower
-        return self._maps[shard]
+    def _read_documents(self, split: str, shard: str) -> Documents:
+        entry = next(entry for entry in self.splits[split]["shards"] if entry["name"] == shard)
+        ends, lines = (self.path / split / f"{shard}.{part}" for part in ("ends", "docs.jsonl.zst"))
+        data = files.read_many([(ends, 0, entry["bytes"]["ends"]), (lines, 0, entry["bytes"]["docs.jsonl.zst"])])
+        try:
+            text = zstandard.ZstdDecompressor().decompressobj().decompress(data[1])
+            named = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
+            found = Documents(np.frombuffer(data[0], "<u8").astype(np.int64), [line["id"] for line in named],
+                              [line["source"] for line in named])
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{lines}: damaged ({error}); `verify {self.path}` lists all damage") from error
+        if not len(found.ends) == len(found.ids) == entry["documents"]:
+            raise UserError(f"{lines}: {len(found.ids)} documents, but {len(found.ends)} ends and {entry['documents']} "
+                            f"in the manifest; `verify {self.path}` lists all damage")
+        return found
 
 
 class ShardWriter:
-    """Writes the files of one shard under temporary names; `close` gives them their own.
+    """Writes the files of one shard into a local folder; they are whole when `close` returns.
 
-    Leaving the context without `close` removes what was written.
+    Leaving the context without `close` removes them.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self._name, self._dtype = name, np.dtype(dtype)
-        self._targets = {part: folder / f"{name}.{part}" for part in PARTS}
-        self._partial = {
-            part: path.with_name(f"{path.name}{PARTIAL}{os.getpid()}") for part, path in self._targets.items()
-        }
-        self._files = {part: open(path, "wb") for part, path in self._partial.items()}  # noqa: SIM115
+        self._paths = {part: folder / f"{name}.{part}" for part in PARTS}
+        self._files = {part: open(path, "wb") for part, path in self._paths.items()}  # noqa: SIM115
         self._sha256 = {part: hashlib.sha256() for part in PARTS}
+        # One thread: with more the frame is cut elsewhere, and the same documents would give other bytes.
+        self._compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj()
+        self._buffers = {part: bytearray() for part in PARTS}
         self._tokens = self._documents = 0
+        self._closed = False
 
-    def add(self, ids: list[int], identity: dict[str, str]) -> None:
-        """Appends one document: all its ids, with <s> and </s>, and the line that names it."""
-        self._tokens += len(ids)
+    def add(self, ids: Any, identity: dict[str, str]) -> None:
+        """Appends one document: all its ids (list or array), with <s> and </s>, and the line that names it."""
+        narrow = np.asarray(ids, self._dtype)
+        assert not isinstance(ids, np.ndarray) or np.array_equal(narrow, ids), "an array's ids wrap, a list's raise"
+        self._tokens += narrow.size
         self._documents += 1
-        self._write("tokens", np.asarray(ids, self._dtype).tobytes())
-        self._write("ends", np.asarray(self._tokens, "<u8").tobytes())
-        self._write("docs.jsonl", json.dumps(identity).encode() + b"\n")
+        self._write("tokens", narrow.tobytes())
+        self._write("ends", self._tokens.to_bytes(8, "little"))
+        self._write("docs.jsonl.zst", json.dumps(identity).encode() + b"\n")
 
     def close(self) -> dict[str, Any]:
-        """Gives the files their names and returns the shard's entry of the manifest."""
+        """Completes the files and returns the shard's entry of the manifest, but for its ordinal."""
         sizes = {}
         for part, file in self._files.items():
+            self._flush(part, len(self._buffers[part]))
+            if part == "docs.jsonl.zst":
+                self._out(part, self._compressor.flush())
             file.flush()
             os.fsync(file.fileno())
             sizes[part] = file.tell()
             file.close()
-            self._partial[part].replace(self._targets[part])
+        self._closed = True
         sha256 = {part: value.hexdigest() for part, value in self._sha256.items()}
         return {"name": self._name, "tokens": self._tokens, "documents": self._documents, "bytes": sizes,
                 "sha256": sha256}
@@ -171,25 +188,42 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._closed:
+            return
         for part, file in self._files.items():
             with contextlib.suppress(OSError):  # a full disk once more: what is buffered is given up
                 file.close()
-            self._partial[part].unlink(missing_ok=True)
+            self._paths[part].unlink(missing_ok=True)
 
     def _write(self, part: str, data: bytes) -> None:
+        self._buffers[part] += data
+        if len(self._buffers[part]) >= BUFFER:
+            self._flush(part, len(self._buffers[part]) // BLOCK * BLOCK)
+
+    def _flush(self, part: str, size: int) -> None:
+        """Hashes and writes the first `size` bytes that are collected; of tokens, whole blocks until the last."""
+        buffer = self._buffers[part]
+        data = bytes(memoryview(buffer)[:size])
+        del buffer[:size]
+        if part == "tokens":
+            blocks = (zlib.crc32(data[start : start + BLOCK]) for start in range(0, size, BLOCK))
+            self._write("crc32", b"".join(crc32.to_bytes(4, "little") for crc32 in blocks))
+        self._out(part, self._compressor.compress(data) if part == "docs.jsonl.zst" else data)
+
+    def _out(self, part: str, data: bytes) -> None:
         self._files[part].write(data)
         self._sha256[part].update(data)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Location) -> dict[str, Any]:
     """The manifest of a store, whose own digest has been checked.
 
     Raises:
       UserError: no manifest, a damaged one, another format.
     """
-    file = path / MANIFEST
+    file = files.as_path(path) / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(files.read_bytes(file))
         body = {key: value for key, value in manifest.items() if key != "digest"}
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing, so {path} is no finished token store; run `prepare` (again)") from error
@@ -202,47 +236,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: str | Path, progress: Any = lambda read: None) -> list[str]:
-    """A line per damaged file of a store (missing, another size, another sha256); an empty list for a good store.
-
-    `progress` is called with the number of bytes read, now and then.
-    """
-    path = Path(path)
-    try:
-        manifest = read_manifest(path)
-    except UserError as error:
-        return [str(error)]
-    problems = []
-    for file, size, sha256 in _listed(path, manifest):
-        problem = _size_problem(file, size, sha256)
-        if problem is None and hash_file(file, progress) != sha256:
-            problem = f"{file}: its contents changed: sha256 {hash_file(file)} isn't the manifest's {sha256}"
-        if problem:
-            problems.append(problem)
-    return problems
+def write_manifest(path: Location, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Completes a store: the manifest with its own digest, which is also returned."""
+    manifest = {**manifest, "digest": digest(manifest)}
+    files.write_json(files.as_path(path) / MANIFEST, manifest)
+    return manifest
 
 
-def hash_file(path: Path, progress: Any = lambda read: None) -> str:
-    """sha256 of a file, in hex."""
-    value = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(HASH_BYTES):
-            value.update(block)
-            progress(len(block))
-    return value.hexdigest()
+class Listed(NamedTuple):
+    """A file of a store, as its manifest has it."""
+
+    name: str
+    """Relative to the store's folder."""
+    bytes: int
+    sha256: str
 
 
-def _listed(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, int, str]]:
-    """(file, size, sha256) of every file of a store."""
+def listed(manifest: dict[str, Any]) -> Iterator[Listed]:
+    """Every file of a store but the manifest."""
     for split, contents in manifest["splits"].items():
         for shard in contents["shards"]:
             for part in PARTS:
-                yield path / split / f"{shard['name']}.{part}", shard["bytes"][part], shard["sha256"][part]
+                yield Listed(f"{split}/{shard['name']}.{part}", shard["bytes"][part], shard["sha256"][part])
 
 
-def _size_problem(file: Path, size: int, _: str) -> str | None:
+def _missing_or_resized(path: epath.Path, manifest: dict[str, Any]) -> Iterator[str]:
+    if files.is_remote(path):
+        there = files.list_files(path)
+        yield from (f"{path / file.name}: missing" for file in listed(manifest) if file.name not in there)
+        return
+    yield from filter(None, (size_problem(path, file) for file in listed(manifest)))
+
+
+def size_problem(path: epath.Path, file: Listed) -> str | None:
+    """What a look at a file finds wrong, without reading it."""
     try:
-        found = os.stat(file).st_size
+        found = files.file_size(path / file.name)
     except OSError as error:
-        return f"{file}: can't be read ({error.strerror})"
-    return None if found == size else f"{file}: {found} bytes, the manifest says {size}"
+        return f"{path / file.name}: can't be read ({error.strerror or error})"
+    return None if found == file.bytes else f"{path / file.name}: {found} bytes, the manifest says {file.bytes}"

@@ -7,20 +7,21 @@ and decode_fragment(encode_fragment(x)) == x for every Unicode string x without 
 
 import functools
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
+from etils import epath
 
+from crystal_jax import files
 from crystal_jax.config import digest
+from crystal_jax.data.words import SPACE, UNCUT, WordTable, words_of
 from crystal_jax.errors import UserError
 
-SPACE = "\u2581"
-"""What a space looks like inside a piece. Met as itself in a text, it is written as its three bytes: a piece would
-decode to a space."""
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 CONTROL_TOKENS = tuple(
     f"<|{name}|>"
@@ -62,77 +63,82 @@ POST_PROCESSOR = {
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {},
 }
-CHUNK = 4096
-"""Characters per call of the engine, which is superlinear: 3.2 MB/s at 8,000 characters, 2.0 at 100,000."""
-_SAFE_CUT = re.compile(r"(?<=[^ ]) |[\n\t]")
+_JOINED_BYTES = re.compile(r"(?s:.)<0x[0-9A-F]{2}>|<0x[0-9A-F]{2}>(?s:.)")
+WHOLE_TEXT = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+"""Settings of a model that make ids depend on what is encoded in one call; the family has none of them."""
 
 
 class Tokenizer:
     """A tokenizer.json and the ids of its special tokens.
 
     `cuts_safely` says that no piece crosses a place where a space follows a non-space, nor one around a newline or a
-    tab: text that is cut there has the ids of the whole.
+    tab: text that is cut there has the ids of the whole. `json`: the file's contents.
     """
 
-    def __init__(self, path: Path, spec: dict[str, Any]) -> None:
+    def __init__(self, path: epath.Path, text: str, spec: dict[str, Any], engine: tokenizers.Tokenizer) -> None:
         self.path = path
+        self.json = text
         self.fingerprint = digest(spec)
-        self._spec = spec
-        self._document = self._engine(spec)
-        replace_only = {**NORMALIZER, "normalizers": NORMALIZER["normalizers"][1:]}
-        self._fragment = self._engine({**spec, "normalizer": replace_only})
-        vocab = self._document.get_vocab(with_added_tokens=True)
+        self._engine = engine
+        vocab = engine.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self._special = {token["id"]: token["content"] for token in spec["added_tokens"] if token["special"]}
-        self._pieces = _piece_table(vocab, self._special, self.vocab_size)
-        self._literal = [vocab[BYTE_TOKENS[byte]] for byte in SPACE.encode()]
+        self._special = {token["id"]: token["content"] for token in spec["added_tokens"]}
+        self.special_ids = sorted(self._special)
+        pieces = {piece: token for piece, token in vocab.items() if token not in self._special}
+        self._pieces = _piece_table(pieces, self.vocab_size)
         ids = {content: token for token, content in self._special.items()}
         self.unk_id, self.bos_id, self.eos_id = (ids.get("<unk>"), ids["<s>"], ids["</s>"])
         self.fim_prefix_id, self.fim_middle_id, self.fim_suffix_id, self.fim_pad_id = map(ids.get, CONTROL_TOKENS[:4])
-        pieces = (piece for token, piece in enumerate(self._pieces) if token not in self._special)
-        self.cuts_safely = spec.get("pre_tokenizer") is None and all(map(_within_one_word, pieces))
+        engine.normalizer = tokenizers.normalizers.Replace(" ", SPACE)  # the dummy space is put in front here
+        words = UNCUT
+        if spec.get("pre_tokenizer") is None and not any(spec["model"].get(setting) for setting in WHOLE_TEXT):
+            words = words_of(piece.replace(SPACE, " ") for piece in pieces.keys() - set(BYTE_TOKENS))
+        literal = [vocab[BYTE_TOKENS[byte]] for byte in SPACE.encode()]
+        self._words = WordTable(self._encode, words, literal)
+        self.cuts_safely = self._words.cuts
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of a tokenizer.json.
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """The tokenizer of a tokenizer.json, local or on gs://.
 
         Raises:
           UserError: no such file, not a tokenizer.json, or not of this family.
         """
-        path = Path(path)
+        file = files.as_path(path)
         try:
-            spec = json.loads(path.read_text(encoding="utf-8"))
-            engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            text = file.read_text(encoding="utf-8")
+            spec, engine = json.loads(text), _make_engine(text)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give a tokenizer.json (`tokenizer train` makes one)") from error
+            raise UserError(f"{path}: {error.strerror or error}; give a tokenizer.json (`tokenizer train` makes one)"
+                            ) from error
         except Exception as error:  # the engine raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json that can be read ({error})") from error
-        _check_family(path, spec)
+        _check_family(file, spec)
         for token in spec["added_tokens"]:  # the engine numbers them itself
             if engine.token_to_id(token["content"]) != token["id"]:
                 raise UserError(f"{path}: {token['content']} has id {token['id']}, where the engine gives it "
                                 f"{engine.token_to_id(token['content'])}; number the added tokens after the others")
-        return cls(path, spec)
+        return cls(file, text, spec, engine)
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a whole document, with the dummy space in front; "<s>" and the like stay text, nothing is added."""
-        return self.encode_documents([text])[0]
+        return _unpacked(self._document(text))
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode_document` of each text, in one call of the engine."""
-        parts = [self._parts(text) for text in texts]
-        heads = _encode(self._document, [part[0] for part in parts])
-        rest = iter(self._encode_fragments([fragment for part in parts for fragment in part[1:]]))
-        for ids, part in zip(heads, parts, strict=True):
-            for _ in part[1:]:
-                ids.extend(next(rest))
-        return heads
+        """`encode_document` of each text."""
+        return [self.encode_document(text) for text in texts]
+
+    def document_array(self, text: str) -> np.ndarray:
+        """`encode_document` as int32, for stores.
+
+        Raises:
+          TypeError: a lone surrogate in the text; so do all that encode.
+        """
+        return np.frombuffer(self._document(text), np.int32)
 
     def encode_fragment(self, text: str) -> list[int]:
         """Ids of text that goes on inside a document: no dummy space; "<s>" and the like stay text."""
-        if len(text) <= CHUNK and SPACE not in text:
-            return self._fragment.encode(text, add_special_tokens=False).ids
-        return [token for ids in self._encode_fragments(self._parts(text)) for token in ids]
+        return _unpacked(self._words.packed_ids(text))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of text in which special tokens are recognised, exactly as the released tokenizer gives them."""
@@ -152,35 +158,15 @@ class Tokenizer:
 
     @functools.cached_property
     def _prompt(self) -> tokenizers.Tokenizer:
-        engine = self._engine(self._spec)
+        engine = _make_engine(self.json)
         engine.encode_special_tokens = False
         return engine
 
-    @staticmethod
-    def _engine(spec: dict[str, Any]) -> tokenizers.Tokenizer:
-        engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        engine.no_truncation()
-        engine.no_padding()
-        engine.encode_special_tokens = True
-        return engine
+    def _document(self, text: str) -> bytes:
+        return self._words.packed_ids(text if text[:1] in ("", SPACE) else " " + text)
 
-    def _parts(self, text: str) -> list[str]:
-        """The text cut where that doesn't change the ids; a literal SPACE is a part of its own, never the first."""
-        if SPACE not in text:
-            return list(self._chunks(text))
-        parts = [part for run in re.split(f"({SPACE})", text) for part in (self._chunks(run) if run else ())]
-        return ["", *parts] if parts[0] == SPACE else parts
-
-    def _chunks(self, text: str) -> Iterator[str]:
-        start = 0
-        while self.cuts_safely and (cut := _SAFE_CUT.search(text, start + CHUNK)):
-            yield text[start : cut.start()]
-            start = cut.start()
-        yield text[start:]
-
-    def _encode_fragments(self, parts: list[str]) -> list[list[int]]:
-        encoded = iter(_encode(self._fragment, [part for part in parts if part != SPACE]))
-        return [self._literal if part == SPACE else next(encoded) for part in parts]
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _text(self, ids: Iterable[int], skip_special: bool) -> str:
         special = {} if skip_special else self._special
@@ -188,31 +174,42 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
 
-def _encode(engine: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
+def _make_engine(text: str) -> tokenizers.Tokenizer:
+    engine = tokenizers.Tokenizer.from_str(text)
+    engine.no_truncation()
+    engine.no_padding()
+    engine.encode_special_tokens = True
+    return engine
 
 
-def _piece_table(vocab: dict[str, int], special: dict[int, str], size: int) -> list[bytes]:
+def _unpacked(ids: bytes) -> list[int]:
+    return memoryview(ids).cast("i").tolist()
+
+
+def _piece_table(pieces: dict[str, int], size: int) -> list[bytes]:
     byte_of = {token: bytes([byte]) for byte, token in enumerate(BYTE_TOKENS)}
     table = [b""] * size
-    for piece, token in vocab.items():
-        if token not in special:
-            table[token] = byte_of.get(piece) or piece.replace(SPACE, " ").encode()
+    for piece, token in pieces.items():
+        table[token] = byte_of.get(piece) or piece.replace(SPACE, " ").encode()
     return table
 
 
-def _within_one_word(piece: bytes) -> bool:
-    return b" " not in piece.lstrip(b" ") and (len(piece) == 1 or not (b"\n" in piece or b"\t" in piece))
-
-
-def _check_family(path: Path, spec: dict[str, Any]) -> None:
+def _check_family(path: epath.Path, spec: dict[str, Any]) -> None:
     model = spec["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or spec.get("normalizer") != NORMALIZER:
         raise UserError(
             f"{path}: a {model.get('type')} tokenizer of another family; it must be BPE with byte_fallback and the "
             "normalizer Prepend, Replace, as Crystal's and `tokenizer train`'s are"
         )
-    contents = {token["content"] for token in spec["added_tokens"] if token["special"]}
+    plain = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+    if plain:
+        raise UserError(f"{path}: the added token {plain[0]!r} isn't special, so that no document could hold it as "
+                        "text with its spaces; mark it special, or make it a piece of the model")
+    joined = [piece for piece in model["vocab"] if "<0x" in piece and _JOINED_BYTES.search(piece)]
+    if joined:
+        raise UserError(f"{path}: the piece {joined[0]!r} joins bytes, which none of this family does; train another "
+                        "with `tokenizer train`")
+    contents = {token["content"] for token in spec["added_tokens"]}
     missing = [token for token in ("<s>", "</s>") if token not in contents]
     missing += [token for token in BYTE_TOKENS if token not in model["vocab"]]
     if missing:

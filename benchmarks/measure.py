@@ -1,0 +1,78 @@
+"""What benchmarks read of their own process: memory, and time by both clocks."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATUS = Path("/proc/self/status")
+WALL_SECONDS = 20.0
+"""After which a loader that waits for others is stopped."""
+
+
+def memory_mb(field: str = "VmRSS") -> float:
+    """Resident memory now (VmRSS), at its peak (VmHWM), or what isn't backed by files (RssAnon); Linux only."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def reset_peak() -> None:
+    """Lets VmHWM begin anew at what is resident now."""
+    STATUS.with_name("clear_refs").write_text("5")
+
+
+@dataclass
+class Clock:
+    wall: float = 0.0
+    """Seconds."""
+    cpu: float = 0.0
+    """Seconds of all threads."""
+
+
+@contextlib.contextmanager
+def clocked() -> Iterator[Clock]:
+    """Times its block."""
+    clock, wall, cpu = Clock(), time.perf_counter(), time.process_time()
+    yield clock
+    clock.wall, clock.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+@dataclass
+class Loader:
+    """An opened loader."""
+
+    get: Callable[[int], Any]
+    """The batch of any step."""
+    iterate: Callable[[int], Iterator[Any]]
+    """The batches from a step on, read ahead if that is its way."""
+
+
+def measure_loader(open_loader: Callable[[], Loader], rows: int, steps: int, cpu_seconds: float = 4.0,
+                   seeks: int = 30) -> dict[str, float]:
+    """Start, seeks, speed and memory of a loader in this process, which has imported all it needs.
+
+    rows: of a batch. steps: that a seek may go to.
+    """
+    reset_peak()
+    before = memory_mb()
+    with clocked() as first:
+        loader = open_loader()
+        next(loader.iterate(0))
+    times, end = [], time.monotonic() + WALL_SECONDS
+    for number in range(seeks):
+        if times and time.monotonic() > end:
+            break
+        with clocked() as seek:
+            loader.get(number * 7919 % steps)
+        times.append(seek.cpu * 1e3)
+    batches, done = loader.iterate(1), 0
+    next(batches)
+    began, end = time.process_time(), time.monotonic() + WALL_SECONDS
+    while time.process_time() - began < cpu_seconds and time.monotonic() < end:
+        next(batches)
+        done += 1
+    return {"rows_per_cpu_s": done * rows / (time.process_time() - began), "first_batch_s": first.wall,
+            "first_batch_cpu_s": first.cpu, "seek_ms": sorted(times)[len(times) // 2], "worst_seek_ms": max(times),
+            "memory_mb": memory_mb("VmHWM") - before}

@@ -1,0 +1,208 @@
+"""Views: the shards of a token store as one stream of tokens that may be read anywhere.
+
+Its invariant: a view is a pure function of the manifest, so position i is the same token on every machine; and what it
+holds in memory doesn't grow with the store: maps of local files are bounded in number and in resident pages, and files
+on gs:// are read by byte ranges.
+"""
+
+import mmap
+import os
+import threading
+import zlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from crystal_jax import files
+from crystal_jax.errors import FatalError, UserError
+
+BLOCK = 1 << 16
+"""Bytes of tokens that share a checksum in the part crc32."""
+OPEN_MAPS = 256
+"""A map keeps a file open, and a process may often open only 1024."""
+RESIDENT = 24 << 20
+"""Bytes that may have been paged in before the maps give their pages back; where the page cache holds large folios, up
+to four times as much is mapped (benchmarks/loader.py)."""
+READ_AROUND = 3 << 16
+"""Bytes that the kernel maps around a short read, by measurement: a row's pages lie in one or two windows of 64 KiB."""
+
+
+@dataclass(frozen=True)
+class ShardSpan:
+    """A shard in a view."""
+
+    name: str
+    ordinal: int
+    start: int
+    """Of its first token, in tokens of the view."""
+    tokens: int
+    """That the view reads: all of the shard, but of the last shard perhaps only the leading ones."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens [start, start + length) of a shard."""
+
+    shard: str
+    start: int
+    length: int
+
+
+class Maps:
+    """The memory maps that all views of the process share."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[tuple[object, int], tuple[mmap.mmap, np.ndarray]] = OrderedDict()
+        self._touched = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[object, int], path: epath.Path, size: int, touching: int) -> np.ndarray:
+        """uint8 [size]: the contents of a file, of which `touching` bytes are about to be read.
+
+        Raises:
+          UserError: the file is missing, or of another size.
+        """
+        with self._lock:
+            found = self._maps.get(key)
+            if found is None:
+                mapped = _map(path, size)
+                found = self._maps[key] = mapped, np.frombuffer(mapped, np.uint8)
+                if len(self._maps) > OPEN_MAPS:
+                    self._maps.popitem(last=False)
+            else:
+                self._maps.move_to_end(key)
+            self._touched += touching + READ_AROUND
+            if self._touched > RESIDENT:
+                self._touched = 0
+                for mapped, _ in self._maps.values():
+                    mapped.madvise(mmap.MADV_DONTNEED)  # clean pages of a file: they stay in the kernel's cache
+            return found[1]
+
+
+_MAPS = Maps()
+
+
+def _map(path: epath.Path, size: int) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found == size:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); put back the file") from error
+    raise UserError(f"{path}: {found} bytes, the manifest says {size}; put the file back from a copy")
+
+
+class TokenView:
+    """Shards one after the other as one stream of tokens.
+
+    folder: of the split. shards: entries of the manifest. first: the leading share of their tokens that is read.
+    """
+
+    def __init__(self, folder: epath.Path, shards: Sequence[dict[str, Any]], dtype: str, first: float = 1.0,
+                 check_blocks: bool = False) -> None:
+        self.num_tokens = int(sum(shard["tokens"] for shard in shards) * first)
+        self.shards: list[ShardSpan] = []
+        self._sizes: list[int] = []  # in bytes, of the whole shard
+        start = 0
+        for shard in shards:
+            if tokens := min(shard["tokens"], self.num_tokens - start):
+                self.shards.append(ShardSpan(shard["name"], shard["ordinal"], start, tokens))
+                self._sizes.append(shard["bytes"]["tokens"])
+                start += tokens
+        self._dtype = np.dtype(dtype)
+        self._paths = [folder / f"{shard.name}.tokens" for shard in self.shards]
+        self._remote = files.is_remote(folder)
+        self._starts = [*(shard.start for shard in self.shards), self.num_tokens]
+        self._owner = object()
+        self._checked = _CheckedBlocks(self._paths, self._sizes) if check_blocks else None
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """int32 [length]: the tokens from `start` on, across shards where need be."""
+        return self.ragged([start], [length])
+
+    def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """int32 [len(starts), length]: the tokens from each start on."""
+        return self.ragged(starts, np.full(len(starts), length)).reshape(len(starts), length)
+
+    def ragged(self, starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int32 [sum(lengths)]: the tokens [start, start + length) for each pair, one after the other.
+
+        On gs:// all of them are under way at once.
+
+        Raises:
+          UserError: a file is missing, or of another size.
+          FatalError: with check_blocks, a block that isn't what was prepared.
+        """
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        assert not len(starts) or (starts.min() >= 0 and lengths.min() >= 0 and
+                                   (starts + lengths).max() <= self.num_tokens), (starts, lengths, self.num_tokens)
+        pieces = [piece for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+                  for piece in self._split(start, length)]
+        if self._checked:
+            self._checked.check(pieces, self._dtype.itemsize)
+        out = np.empty(int(lengths.sum()), np.int32)
+        done = 0
+        for tokens in self._read_remote(pieces) if self._remote else self._read_local(pieces):
+            out[done : done + len(tokens)] = tokens
+            done += len(tokens)
+        return out
+
+    def locate(self, start: int, length: int) -> list[Piece]:
+        """Where the tokens [start, start + length) lie in their shards."""
+        assert start >= 0 and length >= 0 and start + length <= self.num_tokens, (start, length, self.num_tokens)
+        return [Piece(self.shards[shard].name, begin, count) for shard, begin, count in self._split(start, length)]
+
+    def _split(self, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first token in it, number of tokens) of each piece."""
+        shard = bisect_right(self._starts, start) - 1
+        while length > 0:
+            count = min(length, self._starts[shard + 1] - start)
+            yield shard, start - self._starts[shard], count
+            start, length, shard = start + count, length - count, shard + 1
+
+    def _read_local(self, pieces: Iterable[tuple[int, int, int]]) -> Iterator[np.ndarray]:
+        size = self._dtype.itemsize
+        for shard, start, count in pieces:
+            data = _MAPS.get((self._owner, shard), self._paths[shard], self._sizes[shard], count * size)
+            yield data[start * size : (start + count) * size].view(self._dtype)
+
+    def _read_remote(self, pieces: Iterable[tuple[int, int, int]]) -> Iterator[np.ndarray]:
+        size = self._dtype.itemsize
+        found = files.read_many((self._paths[shard], start * size, count * size) for shard, start, count in pieces)
+        for data in found:
+            yield np.frombuffer(data, self._dtype)
+
+
+class _CheckedBlocks:
+    """Which blocks have been compared with their checksum: each is, when it is first read."""
+
+    def __init__(self, paths: list[epath.Path], sizes: list[int]) -> None:
+        self._paths, self._sizes = paths, sizes
+        self._first = np.concatenate([[0], np.cumsum([-(-size // BLOCK) for size in sizes])])
+        self._checked = np.zeros(self._first[-1], bool)
+
+    def check(self, pieces: Iterable[tuple[int, int, int]], itemsize: int) -> None:
+        """Raises FatalError on the first block of the pieces that differs."""
+        todo = {}
+        for shard, start, count in pieces:
+            for block in range(start * itemsize // BLOCK, ((start + count) * itemsize - 1) // BLOCK + 1):
+                if not self._checked[self._first[shard] + block]:
+                    todo[shard, block] = min(BLOCK, self._sizes[shard] - block * BLOCK)
+        if not todo:
+            return
+        blocks = files.read_many((self._paths[shard], block * BLOCK, size) for (shard, block), size in todo.items())
+        wanted = files.read_many((self._paths[shard].with_suffix(".crc32"), 4 * block, 4) for shard, block in todo)
+        for (shard, block), data, crc32 in zip(todo, blocks, wanted, strict=True):
+            if zlib.crc32(data) != int.from_bytes(crc32, "little"):
+                raise FatalError(f"{self._paths[shard]}: block {block} (bytes {block * BLOCK} to "
+                                 f"{block * BLOCK + len(data)}) isn't what was prepared; `verify` lists all damage, "
+                                 "put the file back from a copy or run `prepare` again")
+            self._checked[self._first[shard] + block] = True
+
+
