@@ -38,8 +38,8 @@ def amended(run_dir: Path, known: Record, plan: dict[str, Any], changes: list[st
     if not known.accepts(files.read_json(state)["plan_hash"], step):
         raise UserError(f"--amend_from={step}: {state.parent.parent} is a state of another run; take another step")
     if known.amendments and step < known.amendments[-1]["from_step"]:
-        raise UserError(f"--amend_from={step}: the run was amended at step {known.amendments[-1]['from_step']} already; "
-                        "amend from there or later")
+        raise UserError(f"--amend_from={step}: the run was amended at step {known.amendments[-1]['from_step']}; amend "
+                        "it from there or later")
     recorded = files.read_json(run_dir / "config.json")
     recorded.pop("versions", None)
     old = make_plan(from_dict(Config, recorded))
@@ -49,12 +49,13 @@ def amended(run_dir: Path, known: Record, plan: dict[str, Any], changes: list[st
 
 
 def _check_phases(old: Plan, new: Plan, step: int) -> None:
-    starts = [(placed.phase.name, placed.start) for placed in old.phases]
+    began = [(placed.phase.name, placed.start) for placed in old.phases]
     for index, placed in enumerate(new.phases):
-        if placed.start < step and (placed.phase.name, placed.start) != (starts[index] if index < len(starts) else None):
-            raise UserError(f"--amend_from={step}: config.phases[{index}] ({placed.phase.name}) would begin at step "
-                            f"{placed.start}, but the run's phases began as "
-                            f"{', '.join(f'{name} at {start}' for name, start in starts)}; change only what comes later")
+        name, start = placed.phase.name, placed.start
+        if start < step and [(name, start)] != began[index : index + 1]:
+            raise UserError(f"--amend_from={step}: config.phases[{index}] ({name}) would begin at step {start}, but the "
+                            f"run's phases began as {', '.join(f'{name} at {start}' for name, start in began)}; change "
+                            "only what comes later")
     if step >= new.total_steps:
         raise UserError(f"--amend_from={step}: the new recipe ends at step {new.total_steps}; make it longer")
 

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from crystal_jax import files
+from crystal_jax import files, stream
 from crystal_jax.config import CheckpointConfig, ModelConfig, check_local, from_dict, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params, map_specs
@@ -151,8 +151,11 @@ def check_tree(path: str, found: Any, expected: Any) -> None:
 
 def _flat(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[0]
-    return {".".join(str(getattr(key, "key", key)) for key in path):
-            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+    return {_dotted(path): f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "key", key)) for key in path)
 
 
 def save_weights(folder: Path, params: Params, model: ModelConfig, tokenizer: Path | None,
@@ -203,7 +206,43 @@ def load_weights(path: str | Path) -> Weights:
       UserError: a folder that is none of these, a newer format, or weights that don't fit its model.
     """
     check_local("--checkpoint", path)
-    folder = Path(path)
+    weights, tokenizer, model, info = _locate(Path(path))
+    with _damage(weights, "take another checkpoint"):
+        params = _restore_numpy(weights.absolute())
+    _check_model(weights, params, model)
+    return Weights(params, model, tokenizer if tokenizer.exists() else None, info)
+
+
+def open_weights(path: str | Path, scratch: Path) -> Weights:
+    """`load_weights`, also from gs://, with arrays mapped from files in `scratch`, which is the caller's to remove.
+
+    What an earlier call has finished there isn't read again.
+
+    Raises:
+      UserError: as load_weights; too little space for the arrays.
+    """
+    weights, tokenizer, model, info = _locate(files.as_path(path))
+    with _damage(weights, "take another checkpoint"):
+        tree = stream.Tree(weights)
+    _check_model(weights, tree.arrays, model)
+    with _damage(weights, "take another checkpoint"):
+        arrays = stream.map_arrays(tree, scratch)
+    params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_dotted(path)], Crystal(model).specs())
+    found = tokenizer if tokenizer.exists() else None
+    if found and files.is_remote(found):
+        files.write_bytes(scratch / found.name, files.read_bytes(found))
+        found = scratch / found.name
+    return Weights(params, model, found, info)
+
+
+def _check_model(weights: Path, params: Params, model: ModelConfig) -> None:
+    dtype = jax.tree.leaves(params, is_leaf=lambda node: hasattr(node, "shape"))[0].dtype
+    check_tree(str(weights), params,
+               map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), Crystal(model).specs()))
+
+
+def _locate(folder: Path) -> tuple[Path, Path, ModelConfig, dict[str, Any]]:
+    """(folder of the arrays, where the tokenizer would be, model, info) of a checkpoint."""
     if (folder / INFO).exists():
         info = files.read_json(folder / INFO)
         if info.get("format") != FORMAT:
@@ -214,13 +253,7 @@ def load_weights(path: str | Path) -> Weights:
         folder = _rolling(folder)
         info = files.read_json(folder / "position" / "metadata")
         tokenizer, weights = folder.parent.parent / "tokenizer.json", folder / "params"
-    model = from_dict(ModelConfig, info.pop("model", None), f"{folder}: model")
-    with _damage(weights, "take another checkpoint"):
-        params = _restore_numpy(weights.absolute())
-    dtype = jax.tree.leaves(params)[0].dtype
-    check_tree(str(weights), params,
-               map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), Crystal(model).specs()))
-    return Weights(params, model, tokenizer if tokenizer.exists() else None, info)
+    return weights, tokenizer, from_dict(ModelConfig, info.pop("model", None), f"{folder}: model"), info
 
 
 def _rolling(folder: Path) -> Path:

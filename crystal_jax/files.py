@@ -176,8 +176,10 @@ def list_files(folder: epath.Path) -> set[str]:
       UserError: no such bucket, or it can't be reached.
     """
     if not is_remote(folder):
-        root = pathlib.Path(folder)
-        return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        root = os.fspath(folder)
+        # Not rglob, which raises when another process removes a folder meanwhile.
+        found = (os.path.join(at, name) for at, _, names in os.walk(root) for name in names)
+        return {pathlib.PurePath(os.path.relpath(path, root)).as_posix() for path in found}
     import tensorstore as ts
 
     store, prefix = _kvstore(folder)

@@ -79,16 +79,19 @@ class Crystal(nnx.Module):
         """The final, normalised stream [B, T, D] for tokens [B, T]."""
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1])[None, :]
+        return self.final_norm(self.stream(self.embedded(ids_BT, positions_BT), positions_BT, segment_ids_BT))
+
+    def stream(self, h_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """The stream [B, T, D] that leaves the last layer, for the one that enters the first."""
         rotary = rotary_tables(self.config, positions_BT, self._wide)
-        mask = causal_mask(ids_BT.shape[1], segment_ids_BT)
+        mask = causal_mask(h_BTD.shape[1], segment_ids_BT)
 
         def layer(h_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return block(h_BTD, rotary, mask)[0], None
 
         if self.remat == "full":
             layer = jax.checkpoint(layer)
-        h_BTD, _ = jax.lax.scan(layer, self.embedded(ids_BT, positions_BT), self.layers, unroll=self.unroll)
-        return self.final_norm(h_BTD)
+        return jax.lax.scan(layer, h_BTD, self.layers, unroll=self.unroll)[0]
 
     def embedded(self, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The stream that enters the first layer [B, T, D]; positions [B or 1, T]."""

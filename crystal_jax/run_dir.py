@@ -43,7 +43,8 @@ def check(run_dir: Path, plan: dict[str, Any], config: Config, amend_from: int |
         plan = {**plan, "init_from": known.plan.get("init_from")}
     changes = differences(known.plan, plan)
     if not changes and amend_from is not None and amend_from not in [left["from_step"] for left in known.amendments]:
-        raise UserError(f"--amend_from={amend_from}: {run_dir} follows this very plan; change it, or leave the flag out")
+        raise UserError(f"--amend_from={amend_from}: {run_dir} follows this very plan; change the plan, or leave the "
+                        "flag out")
     if not changes:
         return known
     if amend_from is None:

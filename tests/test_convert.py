@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 
 from crystal_jax.config import ModelConfig
 from crystal_jax.convert import command, export, folder, forms, importer
-from crystal_jax.convert.forms import CRYSTAL, DTYPES, FORMS, LEAVES, LLM360
+from crystal_jax.convert.forms import CRYSTAL, DTYPES, LEAVES, LLM360
 from crystal_jax.errors import UserError
 
+FORMS = {form.name: form for form in (CRYSTAL, LLM360)}
 TINY = ModelConfig(vocab_size=61, embed_dim=24, num_layers=2, num_heads=3, mlp_dim=37, max_length=96, rotary_dim=4,
                    mup_base_width=6)
 INFO = {"name": "phase2/step_000120", "phase": "phase2", "phase_step": 120, "step": 320, "tokens": 655_360,
@@ -40,7 +41,7 @@ def random_params(model: ModelConfig, seed: int = 0, dtype: Any = np.float32) ->
     """Parameters of a trained model's size, no bias zero and no norm's scale one."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for leaf in LEAVES:
+    for leaf in forms.leaves(model):
         values = rng.standard_normal(forms.leaf_shape(leaf, model))
         spread, mean = (0.2, 1.0) if leaf.endswith(".scale") else (0.073, 0.0) if leaf == "embed" else (0.15, 0.0)
         flat[leaf] = (mean + spread * values).astype(dtype)
@@ -93,8 +94,9 @@ def exported(place: Path, form: str, **options: Any) -> Path:
 @pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 def test_every_leaf_is_in_exactly_one_tensor(form: forms.Form) -> None:
     used = [(leaf, tensor.layer) for tensor in forms.tensors(form, TINY) for leaf in tensor.leaves]
-    stacked = [(leaf, layer) for leaf in LEAVES if LEAVES[leaf].startswith("L:") for layer in range(TINY.num_layers)]
-    single = [(leaf, None) for leaf in LEAVES if not LEAVES[leaf].startswith("L:")]
+    layers = range(TINY.num_layers)
+    stacked = [(leaf, i) for leaf in forms.leaves(TINY) if LEAVES[leaf].startswith("L:") for i in layers]
+    single = [(leaf, None) for leaf in forms.leaves(TINY) if not LEAVES[leaf].startswith("L:")]
     assert sorted(used, key=str) == sorted(stacked + single, key=str)
 
 
@@ -102,7 +104,7 @@ def test_leaves_are_those_of_the_model() -> None:
     model = pytest.importorskip("crystal_jax.model", reason="the model isn't there")
     specs = forms.flatten(model.Crystal(TINY).specs())
     assert {leaf: tuple(spec.shape) for leaf, spec in specs.items()} == {
-        leaf: forms.leaf_shape(leaf, TINY) for leaf in LEAVES}
+        leaf: forms.leaf_shape(leaf, TINY) for leaf in forms.leaves(TINY)}
 
 
 def test_llm360_names_are_the_published_index(reference: Path) -> None:

@@ -16,7 +16,7 @@ LAYERS = (
     ("files", "sharding", "config_file", "history"),
     ("layers", "attention", "loss"),
     ("model", "optimizer", "data"),
-    ("checkpoint", "metrics", "recipe"),
+    ("stream", "checkpoint", "metrics", "recipe"),
     ("amend", "run_dir", "progress", "convert", "score", "evaluate", "generate", "execute"),
     ("train",),
     ("report", "report_page", "plots", "inspect", "inspect_page", "replay", "plan", "coord_check"),

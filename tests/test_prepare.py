@@ -47,8 +47,9 @@ def stored(folder: Path, split: str) -> list[tuple[str, str, list[int]]]:
     for span in opened.view(split).shards if opened.splits[split]["tokens"] else []:
         documents = opened.documents(split, span.name)
         start = 0
-        for identity, source, end in zip(documents.ids, documents.sources, documents.ends.tolist(), strict=True):
-            found.append((identity, source, opened.view(split).read(span.start + start, end - start).tolist()))
+        for index, end in enumerate(documents.ends.tolist()):
+            ids = opened.view(split).read(span.start + start, end - start).tolist()
+            found.append((*documents.identity(index), ids))
             start = end
     return found
 

@@ -1,6 +1,7 @@
 """A store has the same bytes whoever prepared its inputs: processes, machines, Beam, on a disk or on gs://."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,14 @@ def test_shards_at_the_same_time(prepared: Bytes, raw: Path, tokenizer: Path, tm
     assert [code for code, *_ in ends] == [0, 0, 0], ends
     assert any(stdout.startswith("set/one: ") for _, stdout, _ in ends)
     assert files_of(tmp_path / "set" / "one") == prepared
+
+
+@pytest.mark.parametrize("turns", [30, pytest.param(500, marks=pytest.mark.drill)])
+def test_shards_that_begin_and_end_together(turns: int, tmp_path: Path) -> None:
+    race = [sys.executable, str(ROOT / "tests" / "shard_race.py"), str(tmp_path), str(turns)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(race, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_shard_begun_with_other_arguments_counts_for_nothing(prepared: Bytes, raw: Path, tokenizer: Path,

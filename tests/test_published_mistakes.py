@@ -302,7 +302,7 @@ def test_10_every_row_is_known_by_document_epoch_and_place(batches: Batches, tok
             for piece in draw.reading.rows.pieces(draw.row):
                 documents = draw.reading.store.documents("train", piece.shard)
                 first = int(np.searchsorted(documents.ends, piece.start, side="right"))
-                assert documents.ids[first] and documents.sources[first]
+                assert all(documents.identity(first))
                 ends = documents.ends[(documents.ends > piece.start) & (documents.ends <= piece.start + piece.length)]
                 seen += (ends - piece.start - 1).tolist()
             row = draw.reading.rows.read(np.array([draw.row]))[0][0]

@@ -50,10 +50,11 @@ def test_documents_of_a_shard(made: Path, remote: str, where: str) -> None:
     opened = TokenStore.open(made if where == "local" else remote)
     found = opened.documents("train", "00003")
     assert found.ends.dtype == np.int64 and found.ends.tolist() == [200, 202, 211]
-    assert found.ids == ["3:0", "3:1", "3:2"] and found.sources == ["file 3"] * 3
+    assert [found.identity(index) for index in range(3)] == [(f"3:{index}", "file 3") for index in range(3)]
+    assert found.find("3:1") == [1] and found.find("3:") == [] and len(found) == 3
     assert opened.documents("train", "00003") is found
     empty = opened.documents("train", "00001")
-    assert (empty.ends.tolist(), empty.ids, empty.sources) == ([], [], [])
+    assert (empty.ends.tolist(), empty.ids, empty.find("")) == ([], [], [])
 
 
 def test_ids_of_any_kind_come_back(tmp_path: Path) -> None:
@@ -64,7 +65,9 @@ def test_ids_of_any_kind_come_back(tmp_path: Path) -> None:
         entry = writer.close()
     body = {"name": "x", "digest": "d", "tokenizer": {"fingerprint": "f", "vocab_size": 9}, "splits": {
         "": {"shards": [entry]}}}
-    assert TokenStore(files.as_path(tmp_path), body).documents("", "00000").ids == names
+    found = TokenStore(files.as_path(tmp_path), body).documents("", "00000")
+    assert found.ids == names
+    assert [found.find(name) for name in names] == [[index] for index in range(len(names))]
 
 
 def test_damaged_documents_are_named(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """docs/data_walkthrough.sh, as a reader runs it, and the config that it trains."""
 
+import argparse
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +94,63 @@ def test_it_names_the_broken_file_and_mends_it(shown: tuple[Path, str, str]) -> 
     from crystal_jax.data.verify import verify
 
     assert verify(folder / "stores" / "slimpajama" / "C4") == []
+
+
+# docs/data.md
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The arguments of each `crystal-jax` command in blocks of code, without comments."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = re.sub(r"(\s+#| \.\.\.$|;).*", "", "\n".join(blocks), flags=re.M)
+    quoted = re.sub(r"'[^']*'", lambda match: match[0].replace("\n", " "), lines)
+    return [shlex.split(line)[1:] for line in map(str.strip, quoted.splitlines()) if line.startswith("crystal-jax ")]
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The options of a parser and of its actions."""
+    found = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {flag for inner in action.choices.values() for flag in flags_of(inner)}
+    return found
+
+
+def test_the_guide_names_existing_commands_and_flags() -> None:
+    from crystal_jax.cli import COMMANDS
+
+    found = commands_of(DATA)
+    assert {name for name, *_ in found} >= {"prepare", "inspect", "train", "recipe"}
+    for name, *arguments in found:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+        for argument in arguments:
+            flag = argument.partition("=")[0].strip("[]")
+            if flag.startswith("--config."):
+                assert flag.split(".")[1] in vars(crystal_small.get_config()), argument
+            elif flag.startswith("--"):
+                assert flag in flags_of(parser), f"{name} {argument}"
+
+
+def test_the_guide_names_options_that_beam_has() -> None:
+    pytest.importorskip("apache_beam", reason="needs apache-beam: pip install -r requirements/data.txt")
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    options = [argument.partition("=")[2] for command in commands_of(DATA) for argument in command
+               if argument.startswith("--beam_options=")]
+    assert len(options) == 3
+    known = PipelineOptions([]).get_all_options()
+    for line in options:
+        names = [item.partition("=")[0].removeprefix("--") for item in shlex.split(line)]
+        assert names[0] == "runner" and set(names) <= set(known), set(names) - set(known)
+
+
+def test_the_guide_names_existing_files() -> None:
+    for path in re.findall(r"`((?:tests|docs|benchmarks|configs)/[\w./]+)`", DATA):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"\]\((\w[\w./-]+)\)", DATA):
+        assert (ROOT / "docs" / path).is_file(), path

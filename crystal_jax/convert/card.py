@@ -7,35 +7,12 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from crystal_jax.config import ModelConfig
-from crystal_jax.convert.forms import Form, make_config
+from crystal_jax.convert.made import Made, Weights
 from crystal_jax.errors import UserError
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-class Weights(Protocol):
-    """What a checkpoint gives: checkpoint.load_weights returns one."""
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """A nested dict of arrays, layers stacked."""
-        ...
-
-    @property
-    def model(self) -> ModelConfig: ...
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """Its tokenizer.json, where it is known."""
-        ...
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Where in its run the checkpoint stands; a value that isn't known is None or absent."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,11 +25,11 @@ class Special:
     """added_tokens, as in tokenizer.json."""
 
 
-def companion_files(weights: Weights, form: Form, dtype: str, command: str) -> dict[str, bytes]:
+def companion_files(weights: Weights, made: Made, dtype: str, command: str) -> dict[str, bytes]:
     """File name to content: all of a folder but the weights.
 
     Raises:
-      UserError: a tokenizer that isn't the model's, a setting that the form can't express.
+      UserError: a tokenizer that isn't the model's.
     """
     files: dict[str, bytes] = {}
     ids = {"bos_token_id": 1, "eos_token_id": 2}
@@ -63,12 +40,12 @@ def companion_files(weights: Weights, form: Form, dtype: str, command: str) -> d
         files["tokenizer.json"] = content
         files["tokenizer_config.json"] = _json(tokenizer_config(special, weights.model.max_length))
         files["special_tokens_map.json"] = _json(ROLES | _others(special))
-    config = make_config(form, weights.model) | ids | {"torch_dtype": dtype}
+    config = made.config | ids | {"torch_dtype": dtype}
     files["config.json"] = _json(config)
     files["generation_config.json"] = _json({"_from_model_config": True, **ids, "pad_token_id": ids["eos_token_id"]})
-    files["README.md"] = card(weights, form, dtype, command).encode()
-    if form.ships_code:
-        for name in form.code_files:
+    files["README.md"] = card(weights, made, dtype, command).encode()
+    if made.ships_code:
+        for name in made.code_files:
             files[name] = (resources.files("crystal_jax.convert") / name).read_bytes()
     return files
 
@@ -123,7 +100,7 @@ def tokenizer_config(special: Special, max_length: int) -> dict[str, Any]:
     }
 
 
-def card(weights: Weights, form: Form, dtype: str, command: str) -> str:
+def card(weights: Weights, made: Made, dtype: str, command: str) -> str:
     """README.md: what the folder holds, where it comes from, how to load it, what isn't known about it."""
     info, model = weights.info, weights.model
     name = info.get("name") or "Crystal checkpoint"
@@ -145,7 +122,7 @@ def card(weights: Weights, form: Form, dtype: str, command: str) -> str:
         f"Made with:\n\n```\n{command}\n```" if command else "",
         "## Loading",
         USAGE,
-        f"The model's code is {form.code_files[0]}; read it before you trust it." if form.ships_code else LLM360_NOTE,
+        f"The model's code is {made.code_files[0]}; read it before you trust it." if made.ships_code else LLM360_NOTE,
         TOKENIZER_NOTE if weights.tokenizer is not None else "The checkpoint names no tokenizer, so none is here.",
         "## What to know",
         HONEST,

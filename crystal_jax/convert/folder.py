@@ -1,7 +1,7 @@
 """Tensors on disk: safetensors files written one tensor at a time, and both published formats read.
 
-Writing holds one tensor in memory, whatever the size of the model; reading maps the files and copies a tensor only when
-it is asked for.
+Writing holds one block of a tensor in memory, whatever the size of the model; reading gives views of mapped files, so
+that no tensor is copied.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,17 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from crystal_jax.convert.computed import Computed, rounded
 from crystal_jax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """dtype to its code in the header (https://github.com/huggingface/safetensors#format)."""
+
+TYPES = {code: np.dtype(name) for name, code in CODES.items()} | {
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
+"""The inverse, with what a folder may hold beside parameters."""
 
 Reader = Callable[[], np.ndarray]
 
@@ -37,6 +43,10 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+Blocks = Callable[[str], Iterable[np.ndarray]]
+"""The rows of a tensor by its name, block by block, as they are stored."""
 
 
 def plan_files(entries: Iterable[Entry], max_shard_size: int) -> dict[str, list[Entry]]:
@@ -64,8 +74,8 @@ def index_text(files: dict[str, list[Entry]]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
-def write_safetensors(path: Path, entries: list[Entry], values: Callable[[str], np.ndarray]) -> None:
-    """Writes one file, fetching each tensor by name when its turn comes, and waits until it is on the disk.
+def write_safetensors(path: Path, entries: list[Entry], blocks: Blocks) -> None:
+    """Writes one file, fetching each tensor's blocks when their turn comes, and waits until it is on the disk.
 
     The bits go out as they are in memory: little-endian, like every platform that JAX runs on.
     """
@@ -80,9 +90,9 @@ def write_safetensors(path: Path, entries: list[Entry], values: Callable[[str], 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            array = values(entry.name)
-            assert (array.shape, array.dtype) == (entry.shape, entry.dtype), (entry, array.shape, array.dtype)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            size = sum(file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+                       for block in blocks(entry.name))
+            assert size == entry.nbytes, (entry, size)
         file.flush()
         os.fsync(file.fileno())
 
@@ -91,6 +101,61 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays are equal bit by bit: 0.0 differs from -0.0."""
     bits = np.dtype(f"u{a.dtype.itemsize}")
     return a.dtype == b.dtype and np.array_equal(a.view(bits), b.view(bits))
+
+
+@dataclass(frozen=True)
+class Safetensors:
+    """Tensors as one file or as shards with an index, stored in `dtype`."""
+
+    tensors: dict[str, Computed]
+    """In file order."""
+    dtype: np.dtype
+    max_shard_size: int
+
+    @cached_property
+    def plan(self) -> dict[str, list[Entry]]:
+        entries = [Entry(name, tensor.shape, self.dtype) for name, tensor in self.tensors.items()]
+        return plan_files(entries, self.max_shard_size)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    @property
+    def files(self) -> list[str]:
+        return [*self.plan, INDEX] if len(self.plan) > 1 else list(self.plan)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entries in self.plan.values() for entry in entries)
+
+    def write(self, place: Path) -> None:
+        for name, entries in self.plan.items():
+            write_safetensors(place / name, entries, self._blocks)
+        if len(self.plan) > 1:
+            (place / INDEX).write_text(index_text(self.plan))
+
+    def difference(self, place: Path) -> str:
+        if len(self.plan) > 1 and (place / INDEX).read_text() != index_text(self.plan):
+            return f"its {INDEX} differs"
+        readers = open_tensors(place)
+        if names := sorted(set(readers) ^ set(self.tensors)):
+            return f"its tensors differ from the model's in {names[0]}"
+        for name, tensor in self.tensors.items():
+            found, start = readers[name](), 0
+            if (found.dtype, found.shape) != (self.dtype, tensor.shape):
+                return f"its tensor {name} is {found.dtype.name} {found.shape}, not {self.dtype.name} {tensor.shape}"
+            for expected in self._blocks(name):
+                if not same_bits(found[start : start + len(expected)], expected):
+                    return f"its tensor {name} has other values"
+                start += len(expected)
+        return ""
+
+    def _blocks(self, name: str) -> Iterator[np.ndarray]:
+        tensor = self.tensors[name]
+        shown = f"{name} (from {tensor.source})" if tensor.source else name
+        for start, stop in tensor.ranges:
+            yield rounded(shown, tensor.rows(start, stop), self.dtype)
 
 
 def open_tensors(folder: Path) -> dict[str, Reader]:
@@ -135,8 +200,20 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
         file = safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({_line(error)}); fetch it again") from None
-    for name in file.keys():  # noqa: SIM118 (not a dict)
-        yield name, partial(file.get_tensor, name)
+    data = np.memmap(path, np.uint8, "r")  # safe_open has compared the header with the file's size
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    for name, found in json.loads(data[8:start].tobytes()).items():
+        if name == "__metadata__":
+            continue
+        if found["dtype"] not in TYPES:
+            yield name, partial(file.get_tensor, name)
+            continue
+        first, end = found["data_offsets"]
+        yield name, partial(_view, data[start + first : start + end], TYPES[found["dtype"]], found["shape"])
+
+
+def _view(data: np.ndarray, dtype: np.dtype, shape: list[int]) -> np.ndarray:
+    return data.view(dtype).reshape(shape)
 
 
 def _open_bin(path: Path) -> Iterator[tuple[str, Reader]]:

@@ -1,19 +1,19 @@
-"""The published forms as tables: which tensors a folder holds, how each is laid out, what its config.json says.
+"""How a form lays out the model in a folder for PyTorch, tensor by tensor, and what its config.json says.
 
-One table of parameter leaves and one of tensors per form serve both directions, so an export and its import can't
-disagree: a tensor is made of whole leaves (one layer of them), joined along the output dim and perhaps transposed.
-Nothing is computed, only moved, so every conversion keeps the bits.
+One table of parameter leaves and one of tensors per form (tables.py) serve both directions, so an export and its import
+can't disagree. Nothing is computed, only moved, so every conversion keeps the bits.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from crystal_jax.config import ModelConfig, nearest
+from crystal_jax.convert.tables import CRYSTAL, LEAVES, LLAMA, LLM360, STARCODER, Form, Tensor
 from crystal_jax.errors import UserError
 
 Params = dict[str, Any]
@@ -21,183 +21,7 @@ Params = dict[str, Any]
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
-LEAVES: dict[str, str] = {
-    "embed": "V|D",
-    "layers.attn_norm.scale": "L:D",
-    "layers.attn_norm.bias": "L:D",
-    "layers.attn.q": "L:D|NH",
-    "layers.attn.q_bias": "L:NH",
-    "layers.attn.k": "L:D|NH",
-    "layers.attn.k_bias": "L:NH",
-    "layers.attn.v": "L:D|NH",
-    "layers.attn.v_bias": "L:NH",
-    "layers.attn.o": "L:NH|D",
-    "layers.attn.o_bias": "L:D",
-    "layers.mlp_norm.scale": "L:D",
-    "layers.mlp_norm.bias": "L:D",
-    "layers.mlp.gate": "L:D|F",
-    "layers.mlp.gate_bias": "L:F",
-    "layers.mlp.up": "L:D|F",
-    "layers.mlp.up_bias": "L:F",
-    "layers.mlp.down": "L:F|D",
-    "layers.mlp.down_bias": "L:D",
-    "final_norm.scale": "D",
-    "final_norm.bias": "D",
-}
-"""Leaf to its dims: L: in front where layers are stacked, | between the input and the output of a matrix."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a form: where its values lie in the parameters."""
-
-    name: str
-    leaves: tuple[str, ...]
-    """Joined along the last dim."""
-    transposed: bool
-    """Stored [out, in], as torch.nn.Linear has it."""
-    layer: int | None = None
-    """Index into the stacked leaves; None for a tensor outside the layers."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """A way to lay out the model in a folder for PyTorch."""
-
-    name: str
-    model_type: str
-    architecture: str
-    tensors: tuple[Tensor, ...]
-    """In file order; `{}` in a name stands for the layer."""
-    head: str
-    """The output matrix: tied, so that it equals the first tensor."""
-    writes_head: bool
-    ignored: tuple[str, ...]
-    """Names of buffers that an import passes over; `{}` stands for the layer."""
-    config_keys: dict[str, str]
-    """Field of ModelConfig to key of config.json."""
-    config_constants: dict[str, Any]
-    """Keys of config.json that say what the architecture is; another value would be another model."""
-    config_optional: dict[str, Any]
-    """Keys written for other readers, of no effect here."""
-    auto_map: dict[str, str]
-    code_files: tuple[str, ...]
-    """Files of code that auto_map needs beside the weights."""
-    ships_code: bool
-    """Whether the export brings these files; if not, they are someone else's to give."""
-    width_scale_key: str | None = None
-    """Key that holds mup_base_width / embed_dim, in a form without the width itself."""
-    logit_scale_key: str | None = None
-    """Key that holds the product that multiplies the logits."""
-
-
-def _linear(name: str, *leaves: str, transposed: bool) -> tuple[Tensor, Tensor]:
-    return (
-        Tensor(f"{name}.weight", leaves, transposed),
-        Tensor(f"{name}.bias", tuple(f"{leaf}_bias" for leaf in leaves), False),
-    )
-
-
-def _norm(name: str, leaf: str) -> tuple[Tensor, Tensor]:
-    return Tensor(f"{name}.weight", (f"{leaf}.scale",), False), Tensor(f"{name}.bias", (f"{leaf}.bias",), False)
-
-
-CRYSTAL = Form(
-    name="crystal",
-    model_type="crystal",
-    architecture="CrystalForCausalLM",
-    tensors=(
-        Tensor("model.embed_tokens.weight", ("embed",), False),
-        *_norm("model.layers.{}.input_layernorm", "layers.attn_norm"),
-        *_linear("model.layers.{}.self_attn.q_proj", "layers.attn.q", transposed=True),
-        *_linear("model.layers.{}.self_attn.k_proj", "layers.attn.k", transposed=True),
-        *_linear("model.layers.{}.self_attn.v_proj", "layers.attn.v", transposed=True),
-        *_linear("model.layers.{}.self_attn.o_proj", "layers.attn.o", transposed=True),
-        *_norm("model.layers.{}.post_attention_layernorm", "layers.mlp_norm"),
-        *_linear("model.layers.{}.mlp.gate_proj", "layers.mlp.gate", transposed=True),
-        *_linear("model.layers.{}.mlp.up_proj", "layers.mlp.up", transposed=True),
-        *_linear("model.layers.{}.mlp.down_proj", "layers.mlp.down", transposed=True),
-        *_norm("model.norm", "final_norm"),
-    ),
-    head="lm_head.weight",
-    writes_head=False,
-    ignored=(),
-    config_keys={
-        "vocab_size": "vocab_size",
-        "embed_dim": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-        "max_length": "max_position_embeddings",
-        "rotary_dim": "rotary_dim",
-        "rotary_base": "rotary_base",
-        "norm_eps": "layer_norm_eps",
-        "mup_base_width": "mup_base_width",
-        "embed_scale": "embed_scale",
-        "output_scale": "output_scale",
-        "init_std": "initializer_range",
-    },
-    config_constants={"tie_word_embeddings": True},
-    config_optional={"use_cache": True},
-    auto_map={
-        "AutoConfig": "modeling_crystal.CrystalConfig",
-        "AutoModel": "modeling_crystal.CrystalModel",
-        "AutoModelForCausalLM": "modeling_crystal.CrystalForCausalLM",
-    },
-    code_files=("modeling_crystal.py",),
-    ships_code=True,
-    logit_scale_key="logit_scale",
-)
-
-LLM360 = Form(
-    name="llm360",
-    model_type="crystalcoder",
-    architecture="CrystalCoderLMHeadModel",
-    tensors=(
-        Tensor("transformer.wte.weight", ("embed",), False),
-        *_linear("transformer.h.{}.attn.c_attn", "layers.attn.q", "layers.attn.k", "layers.attn.v", transposed=False),
-        *_linear("transformer.h.{}.attn.c_proj", "layers.attn.o", transposed=False),
-        *_norm("transformer.h.{}.ln_1", "layers.attn_norm"),
-        *_norm("transformer.h.{}.ln_2", "layers.mlp_norm"),
-        *_linear("transformer.h.{}.mlp.c_fc", "layers.mlp.up", transposed=False),
-        *_linear("transformer.h.{}.mlp.c_fc2", "layers.mlp.gate", transposed=False),
-        *_linear("transformer.h.{}.mlp.c_proj", "layers.mlp.down", transposed=False),
-        *_norm("transformer.ln_f", "final_norm"),
-    ),
-    head="lm_head.weight",
-    writes_head=True,
-    ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
-    config_keys={
-        "vocab_size": "vocab_size",
-        "embed_dim": "n_embd",
-        "num_layers": "n_layer",
-        "num_heads": "n_head",
-        "mlp_dim": "n_inner",
-        "max_length": "n_positions",
-        "rotary_dim": "rotary_dim",
-        "norm_eps": "layer_norm_epsilon",
-        "embed_scale": "mup_embeddings_scale",
-        "output_scale": "mup_output_alpha",
-    },
-    config_constants={
-        "activation_function": "swiglu",
-        "position_embedding_type": "rotary",
-        "mup_scale_qk_dot_by_d": True,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
-    },
-    config_optional={"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "use_cache": True},
-    auto_map={
-        "AutoConfig": "configuration_crystalcoder.CrystalCoderConfig",
-        "AutoModel": "modeling_crystalcoder.CrystalCoderModel",
-        "AutoModelForCausalLM": "modeling_crystalcoder.CrystalCoderLMHeadModel",
-    },
-    code_files=("configuration_crystalcoder.py", "modeling_crystalcoder.py"),
-    ships_code=False,
-    width_scale_key="mup_width_scale",
-)
-
-FORMS: dict[str, Form] = {form.name: form for form in (CRYSTAL, LLM360)}
+FORMS: dict[str, Form] = {form.name: form for form in (CRYSTAL, LLM360, LLAMA, STARCODER)}
 
 
 def get_form(name: str, option: str) -> Form:
@@ -207,10 +31,19 @@ def get_form(name: str, option: str) -> Form:
     return FORMS[name]
 
 
+def leaves(model: ModelConfig) -> list[str]:
+    """The leaves of the model's family, in the order of LEAVES."""
+    choices = model.choices
+    there = {"_bias": choices.biases, ".bias": choices.norm == "layer", ".gate": choices.mlp == "gated",
+             ".gate_bias": choices.mlp == "gated", "positions": choices.positions == "learned",
+             "head": not choices.tied}
+    return [leaf for leaf in LEAVES if all(has for ending, has in there.items() if leaf.endswith(ending))]
+
+
 def sizes(model: ModelConfig) -> dict[str, int]:
     """Dim letter to its size."""
     return {"L": model.num_layers, "V": model.vocab_size, "D": model.embed_dim, "N": model.num_heads,
-            "H": model.head_dim, "F": model.mlp_dim}
+            "K": model.kv_heads, "H": model.head_dim, "F": model.mlp_dim, "T": model.max_length}
 
 
 def leaf_shape(leaf: str, model: ModelConfig) -> tuple[int, ...]:
@@ -227,13 +60,14 @@ def flat_shape(leaf: str, model: ModelConfig) -> tuple[int, ...]:
 
 
 def tensors(form: Form, model: ModelConfig) -> Iterator[Tensor]:
-    """The tensors of the model in this form without the head, in file order: those of a layer stand together."""
-    layered = [tensor for tensor in form.tensors if "{}" in tensor.name]
-    yield form.tensors[0]
+    """The tensors of the model in this form without a tied head, in file order: those of a layer stand together."""
+    layered = [i for i, tensor in enumerate(form.tensors) if "{}" in tensor.name]
+    first, last = layered[0], layered[-1] + 1
+    yield from form.tensors[:first]
     for layer in range(model.num_layers):
-        for tensor in layered:
-            yield Tensor(tensor.name.format(layer), tensor.leaves, tensor.transposed, layer)
-    yield from (tensor for tensor in form.tensors[1:] if "{}" not in tensor.name)
+        for tensor in form.tensors[first:last]:
+            yield replace(tensor, name=tensor.name.format(layer), layer=layer)
+    yield from form.tensors[last:]
 
 
 def ignored_names(form: Form, model: ModelConfig) -> set[str]:
@@ -243,9 +77,12 @@ def ignored_names(form: Form, model: ModelConfig) -> set[str]:
 
 def tensor_shape(tensor: Tensor, model: ModelConfig) -> tuple[int, ...]:
     """The shape under which a folder stores it."""
-    *head, last = flat_shape(tensor.leaves[0], model)
-    shape = (*head, last * len(tensor.leaves))
+    shape = (*flat_shape(tensor.leaves[0], model)[:-1], sum(_widths(tensor, model)))
     return shape[::-1] if tensor.transposed else shape
+
+
+def _widths(tensor: Tensor, model: ModelConfig) -> list[int]:
+    return [flat_shape(leaf, model)[-1] for leaf in tensor.leaves]
 
 
 def read_tensor(params: dict[str, np.ndarray], tensor: Tensor, model: ModelConfig) -> np.ndarray:
@@ -261,7 +98,8 @@ def read_tensor(params: dict[str, np.ndarray], tensor: Tensor, model: ModelConfi
 def write_tensor(params: dict[str, np.ndarray], tensor: Tensor, model: ModelConfig, values: np.ndarray) -> None:
     """Puts a stored tensor into its place in flat parameters: the inverse of `read_tensor`."""
     matrix = values.T if tensor.transposed else values
-    for leaf, part in zip(tensor.leaves, np.split(matrix, len(tensor.leaves), axis=-1), strict=True):
+    ends = np.cumsum(_widths(tensor, model))
+    for leaf, part in zip(tensor.leaves, np.split(matrix, ends[:-1], axis=-1), strict=True):
         target = params[leaf] if tensor.layer is None else params[leaf][tensor.layer]
         target[...] = part.reshape(target.shape)
 
@@ -292,16 +130,16 @@ def check_params(params: Params, model: ModelConfig, where: str) -> dict[str, np
     Raises:
       UserError: a leaf that is missing, not the model's, or of another shape than the config gives it.
     """
-    flat = flatten(params)
-    for leaf in LEAVES:
+    flat, expected = flatten(params), leaves(model)
+    for leaf in expected:
         if leaf not in flat:
             raise UserError(f"{where}: {leaf} is missing; the checkpoint isn't whole")
     for leaf, value in flat.items():
-        if leaf not in LEAVES:
-            raise UserError(f"{where}: {leaf} is not a parameter of the model{nearest(leaf, LEAVES)}")
+        if leaf not in expected:
+            raise UserError(f"{where}: {leaf} is not a parameter of the model{nearest(leaf, expected)}")
         if np.shape(value) != leaf_shape(leaf, model):
             raise UserError(f"{where}: {leaf} has shape {np.shape(value)}, its config says {leaf_shape(leaf, model)}")
-    return {leaf: np.asarray(flat[leaf]) for leaf in LEAVES}
+    return {leaf: np.asarray(flat[leaf]) for leaf in expected}
 
 
 def make_config(form: Form, model: ModelConfig) -> dict[str, Any]:
@@ -310,20 +148,26 @@ def make_config(form: Form, model: ModelConfig) -> dict[str, Any]:
     Raises:
       UserError: a setting that the form can't express.
     """
-    defaults = ModelConfig()
-    for field in fields(model):
-        named = field.name in form.config_keys or (field.name == "mup_base_width" and form.width_scale_key)
-        value, default = getattr(model, field.name), getattr(defaults, field.name)
-        if not named and field.name != "init_std" and value != default:
-            raise UserError(f"model.{field.name}: {value!r} can't be said in the form {form.name}, where it is always "
-                            f"{default!r}; use --to=crystal")
+    if model.family != form.family:
+        raise UserError(f"model.family: {model.family!r} can't be said in the form {form.name}, which is for "
+                        f"{form.family!r}; use --to={model.family}")
+    model = replace(model, num_kv_heads=model.kv_heads)
+    usual = replace(ModelConfig(), num_kv_heads=model.num_heads)
+    said = {*form.config_keys, "family", "init_std", *(("mup_base_width",) if form.width_scale_key else ())}
+    for name in (item.name for item in fields(model) if item.name not in said):
+        value, always = getattr(model, name), form.implied[name](model) if name in form.implied else getattr(usual, name)
+        if value != always:
+            way_out = "; use --to=crystal" if form.name == "llm360" else ""
+            raise UserError(f"model.{name}: {value!r} can't be said in the form {form.name}, where it is always "
+                            f"{always!r}{way_out}")
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": form.model_type}
-    config |= {key: getattr(model, field) for field, key in form.config_keys.items()}
+    config |= {key: getattr(model, name) for name, key in form.config_keys.items()}
     if form.width_scale_key:
         config[form.width_scale_key] = model.width_scale
     if form.logit_scale_key:
         config[form.logit_scale_key] = model.logit_scale
-    return config | form.config_constants | form.config_optional | {"auto_map": form.auto_map}
+    config |= form.config_constants | form.config_optional
+    return config | ({"auto_map": form.auto_map} if form.auto_map else {})
 
 
 def parse_config(form: Form, config: dict[str, Any], where: str) -> ModelConfig:
@@ -335,11 +179,13 @@ def parse_config(form: Form, config: dict[str, Any], where: str) -> ModelConfig:
     found = config.get("model_type")
     if found != form.model_type:
         raise UserError(f"{where}: model_type {found!r} is not that of --from={form.name}, {form.model_type!r}")
+    config = form.normalise(config)
     for key, value in form.config_constants.items():
         if config.get(key, value) != value:
             raise UserError(f"{where}: {key} is {config[key]!r}; this model has {value!r} and nothing else")
-    types: dict[str, Callable[[Any], Any]] = {field.name: type(field.default) for field in fields(ModelConfig)}
-    values = {field: _number(config, key, types[field], where) for field, key in form.config_keys.items()}
+    kinds: dict[str, Callable[[Any], Any]] = {item.name: type(item.default) for item in fields(ModelConfig)}
+    kinds["num_kv_heads"] = int
+    values = {name: _number(config, key, kinds[name], where) for name, key in form.config_keys.items()}
     if form.width_scale_key:
         scale = _number(config, form.width_scale_key, float, where)
         width = round(scale * values["embed_dim"])
@@ -347,7 +193,10 @@ def parse_config(form: Form, config: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {form.width_scale_key} {scale!r} times {values['embed_dim']} must be a whole "
                             "number, the base width of the parametrisation")
         values["mup_base_width"] = width
-    model = ModelConfig(**values)
+    model = ModelConfig(family=form.family, **values)
+    model = replace(model, **{name: value(model) for name, value in form.implied.items()})
+    if model.num_kv_heads == model.num_heads:
+        model = replace(model, num_kv_heads=None)
     if form.logit_scale_key:
         scale = _number(config, form.logit_scale_key, float, where)
         if not math.isclose(scale, model.logit_scale, rel_tol=1e-6):
@@ -361,9 +210,12 @@ def _checked(form: Form, model: ModelConfig, where: str) -> ModelConfig:
     if model.embed_dim % model.num_heads:
         raise UserError(f"{where}: {keys['embed_dim']} {model.embed_dim} must be a multiple of {keys['num_heads']} "
                         f"{model.num_heads}")
+    if model.num_heads % model.kv_heads:
+        raise UserError(f"{where}: {keys['num_heads']} {model.num_heads} must be a multiple of {keys['num_kv_heads']} "
+                        f"{model.num_kv_heads}")
     if model.rotary_dim % 2 or model.rotary_dim > model.head_dim:
-        raise UserError(f"{where}: {keys['rotary_dim']} {model.rotary_dim} must be even and at most the head size "
-                        f"{model.head_dim}")
+        raise UserError(f"{where}: {keys.get('rotary_dim', 'the head size')} {model.rotary_dim} must be even and at "
+                        f"most the head size {model.head_dim}")
     return model
 
 

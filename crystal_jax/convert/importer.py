@@ -10,12 +10,12 @@ from crystal_jax.config import ModelConfig
 from crystal_jax.convert.folder import Reader, open_tensors, same_bits
 from crystal_jax.convert.forms import (
     DTYPES,
-    LEAVES,
     Form,
     Params,
     get_form,
     ignored_names,
     leaf_shape,
+    leaves,
     parse_config,
     tensor_shape,
     tensors,
@@ -80,7 +80,7 @@ def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], fol
         write_tensor(params, tensor, model, values)
     if form.head in readers and not same_bits(readers[form.head](), params["embed"]):
         raise UserError(f"{folder}: {form.head} differs from {form.tensors[0].name}; this model's head is tied to it")
-    return {leaf: params[leaf] for leaf in LEAVES}
+    return {leaf: params[leaf] for leaf in leaves(model)}
 
 
 def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:

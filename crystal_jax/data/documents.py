@@ -44,5 +44,5 @@ def read_documents(store: TokenStore, view: TokenView, split: str, span: ShardSp
         offset = starts[first]
         for index in range(first, last):
             ids = block[starts[index] - offset : ends[index] - offset]
-            yield StoredDocument(found.ids[index], found.sources[index], ids)
+            yield StoredDocument(*found.identity(index), ids)
         first = last

@@ -7,7 +7,7 @@ texts tokenised whole, though only the words at the two cuts are tokenised again
     SPM   <|fim_prefix|> <|fim_suffix|> suffix <|fim_middle|> prefix middle
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,11 @@ FIM_TOKENS = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad")
 
 
 class Parts(NamedTuple):
-    """Ids."""
+    """Ids, int32."""
 
-    prefix: list[int]
-    middle: list[int]
-    suffix: list[int]
+    prefix: np.ndarray
+    middle: np.ndarray
+    suffix: np.ndarray
 
 
 class Word(NamedTuple):
@@ -81,8 +81,8 @@ class Fim:
         kept = np.ones(len(row), bool) if kept is None else kept
         if self._split is None or rate == 0:
             return row, kept
-        out: list[int] = []
-        mask: list[bool] = []
+        out: list[np.ndarray] = []
+        mask: list[np.ndarray] = []
         done = 0
         segments = self._segments(row)
         for (start, end), (chosen, order, *cuts) in zip(segments, rng.random((len(segments), 4)), strict=True):
@@ -91,29 +91,31 @@ class Fim:
             dummy = start > 0 and row[start - 1] == self._tokenizer.bos_id
             parts = self._split(row[start:end], dummy, np.sort(cuts))
             if parts is not None:
-                out += row[done:start].tolist()
-                out += self._ordered(parts, spm=order < spm_rate)
-                mask += kept[done:start].tolist()
+                ordered = self._ordered(parts, spm=order < spm_rate)
+                targets = np.ones(len(ordered), bool)
                 # Where nothing lies before the segment, nothing predicts what it begins with now.
-                mask += [bool(kept[start]), *[True] * (len(out) - len(mask) - 1)]
+                targets[0] = kept[start]
+                out += [row[done:start], ordered]
+                mask += [kept[done:start], targets]
                 done = end
-        out += row[done:].tolist()
-        mask += kept[done:].tolist()
-        result, targets = np.full(len(row), self._pad, row.dtype), np.zeros(len(row), bool)
-        size = min(len(out), len(row))
-        result[:size], targets[:size] = out[:size], mask[:size]
-        return result, targets
+        if not out:
+            return row, kept
+        tokens, targets = np.concatenate([*out, row[done:]]), np.concatenate([*mask, kept[done:]])
+        missing = max(0, len(row) - len(tokens))
+        if missing:
+            tokens, targets = np.append(tokens, [self._pad] * missing), np.append(targets, [False] * missing)
+        return tokens[: len(row)].astype(row.dtype, copy=False), targets[: len(row)]
 
     def _segments(self, row: np.ndarray) -> list[tuple[int, int]]:
         marks = np.flatnonzero((row == self._tokenizer.bos_id) | (row == self._tokenizer.eos_id))
         starts, ends = np.append(0, marks + 1), np.append(marks, len(row))
         return [(start, end) for start, end in zip(starts.tolist(), ends.tolist(), strict=True) if start < end]
 
-    def _ordered(self, parts: Parts, spm: bool) -> list[int]:
+    def _ordered(self, parts: Parts, spm: bool) -> np.ndarray:
         prefix, middle, suffix = parts
         if spm:
-            return [self._prefix, self._suffix, *suffix, self._middle, *prefix, *middle]
-        return [self._prefix, *prefix, self._suffix, *suffix, self._middle, *middle]
+            return _joined([self._prefix, self._suffix], suffix, [self._middle], prefix, middle)
+        return _joined([self._prefix], prefix, [self._suffix], suffix, [self._middle], middle)
 
     def _split_local(self, ids: np.ndarray, dummy: bool, cuts: np.ndarray) -> Parts | None:
         """A segment cut at two character positions, given in [0, 1) of its length; None leaves it as it is.
@@ -122,7 +124,7 @@ class Fim:
         of a character that the window has cut stay at the ends of the segment.
         """
         head, tail = self._stray(ids)
-        before, ids, after = ids[:head].tolist(), ids[head : len(ids) - tail], ids[len(ids) - tail :].tolist()
+        before, ids, after = ids[:head], ids[head : len(ids) - tail], ids[len(ids) - tail :]
         if len(ids) == 0 or self._textless[ids].any():
             return None
         skipped = int(dummy and self._spaced[ids[0]])
@@ -134,20 +136,20 @@ class Fim:
         except UnicodeDecodeError:  # ids that don't come from text
             return None
         encode = self._tokenizer.encode_fragment
-        prefix = [*ids[: one.left].tolist(), *encode(one.text[: one.offset])] if first > skipped else []
-        suffix = [*encode(two.text[two.offset :]), *ids[two.right :].tolist()]
+        prefix = _joined(ids[: one.left], encode(one.text[: one.offset])) if first > skipped else _joined()
+        suffix = _joined(encode(two.text[two.offset :]), ids[two.right :], after)
         if one.right <= two.left:
-            inner = ids[one.right : two.left].tolist()
-            middle = [*encode(one.text[one.offset :]), *inner, *encode(two.text[: two.offset])]
+            inner = ids[one.right : two.left]
+            middle = _joined(encode(one.text[one.offset :]), inner, encode(two.text[: two.offset]))
         else:  # both cuts in one word
-            middle = encode(one.text[one.offset : two.offset])
-        return Parts(before + prefix, middle, suffix + after)
+            middle = _joined(encode(one.text[one.offset : two.offset]))
+        return Parts(_joined(before, prefix), middle, suffix)
 
     def _split_crystal(self, ids: np.ndarray, dummy: bool, cuts: np.ndarray) -> Parts | None:
         """The same as published: through text, each part with a dummy space, stray bytes lost."""
         text = self._tokenizer.decode(ids.tolist())
         first, second = (cuts * (len(text) + 1)).astype(int).tolist()
-        return Parts(*self._tokenizer.encode_documents([text[:first], text[first:second], text[second:]]))
+        return Parts(*map(_joined, self._tokenizer.encode_documents([text[:first], text[first:second], text[second:]])))
 
     def _stray(self, ids: np.ndarray) -> tuple[int, int]:
         """How many ids at the start and at the end of a segment are parts of a character that isn't there whole."""
@@ -207,6 +209,11 @@ def _fim_ids(tokenizer: Tokenizer) -> list[int]:
             "tokenizer of `tokenizer train`, or data.fim_mode=none"
         )
     return ids
+
+
+def _joined(*ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int32."""
+    return np.concatenate([np.asarray(part, np.int32) for part in ids]) if ids else np.empty(0, np.int32)
 
 
 def _characters(piece: bytes) -> int:

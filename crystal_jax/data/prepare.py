@@ -64,7 +64,8 @@ def prepare(source: SourceSpec, name: str, tokenizer: str | Path, output: str | 
     """Writes the token store of each part of a source and returns their manifests.
 
     Does nothing when they are done; goes on where an interrupted run stopped. Where inputs of other shards are still
-    missing, it returns an empty list: whichever run finds all of them finishes the stores.
+    missing, it returns an empty list: whichever run finds all of them finishes the stores. The workers are processes
+    that import the script which calls this: it must do so under `if __name__ == "__main__":`.
 
     Raises:
       UserError: a wrong argument, a damaged input, a store there that was made from other arguments.
@@ -172,10 +173,10 @@ def _refuse_others(job: Job) -> None:
             if written != store.FORMAT:
                 raise UserError(f"{path}: a token store of format {written}; this version writes format "
                                 f"{store.FORMAT}: remove the folder and run the same command again")
-    if not _exists(record(os.fspath(folder), ARGUMENTS)) and not _is_finished(job) and folder.exists():
-        others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS)
-        if others:
-            raise UserError(f"{folder}: holds {others[0]} but is no token store; choose another --name or remove it")
+    # In this order, since another shard's run may begin, or finish and clear up, meanwhile.
+    others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS) if folder.exists() else []
+    if others and not _exists(record(os.fspath(folder), ARGUMENTS)) and not _is_finished(job):
+        raise UserError(f"{folder}: holds {others[0]} but is no token store; choose another --name or remove it")
 
 
 @contextlib.contextmanager
@@ -274,9 +275,10 @@ def _prepare_inputs(job: Job) -> list[Manifest]:
         RUNNERS[job.options.runner](left, job.options)
         done = read_records(job.tasks)
     if len(done) == len(job.tasks):
-        return write_manifests(job.stores, job.name, job.arguments, [done[task.index] for task in job.tasks],
-                               job.tokenizer)  # fmt: skip
-    if finished := _finished(job):  # by another shard's run, which removed the records
+        records = [done[task.index] for task in job.tasks]
+        with contextlib.suppress(FileNotFoundError):  # another shard's run finished meanwhile, and cleared up
+            return write_manifests(job.stores, job.name, job.arguments, records, job.tokenizer)
+    if finished := _finished(job):
         return finished
     if lost := [task for task in job.tasks[index::count] if task.index not in done]:
         raise UserError(f"{job.folder}: {len(lost)} inputs are prepared but not there, the first {lost[0].item.name}; "

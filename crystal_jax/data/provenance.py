@@ -130,10 +130,10 @@ class Provenance:
         found = []
         for store, split, shard in tqdm(shards, unit="shard", disable=None, leave=False):
             documents = store.documents(split, shard)
-            for index in _indices(documents.ids, identity):
+            for index in documents.find(identity):
                 span = int(documents.ends[index - 1]) if index else 0, int(documents.ends[index])
                 sources = tuple(name for name, other in self._stores.by_source.items() if other.path == store.path)
-                found.append(Occurrence(store, sources, split, shard, documents.sources[index], span))
+                found.append(Occurrence(store, sources, split, shard, documents.identity(index)[1], span))
         if not found:
             ids = (store.documents(split, shard).ids for store, split, shard in shards)
             raise UserError(f"--document={identity}: no document of {', '.join(map(str, stores))} has this id; "
@@ -255,7 +255,7 @@ def _documents_of(documents: Documents, piece: Piece) -> Iterator[Held]:
     while start < stop:
         begin, end = int(ends[index - 1]) if index else 0, int(ends[index])
         until = min(end, stop)
-        yield Held(documents.ids[index], documents.sources[index], piece.shard, (start, until),
+        yield Held(*documents.identity(index), piece.shard, (start, until),
                    (start - begin, until - begin), end - begin)
         start, index = until, index + 1
 
@@ -278,13 +278,6 @@ def _row(batch: Batch, index: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [T+1], targets bool [T+1]) of a batch's row."""
     tokens = np.append(batch["inputs"][index, :1], batch["targets"][index])
     return tokens, np.append(False, batch["mask"][index] > 0)
-
-
-def _indices(ids: list[str], wanted: str) -> Iterator[int]:
-    index = -1
-    for _ in range(ids.count(wanted)):
-        index = ids.index(wanted, index + 1)
-        yield index
 
 
 def _overlap(one: Span, other: Span) -> bool:

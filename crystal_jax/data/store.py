@@ -65,13 +65,30 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-class Documents(NamedTuple):
-    """The documents of a shard, in order."""
+class Documents:
+    """The documents of a shard, in order; a line about one is parsed when it is asked for."""
 
-    ends: np.ndarray
-    """int64: exclusive, in tokens of the shard."""
-    ids: list[str]
-    sources: list[str]
+    def __init__(self, ends: np.ndarray, lines: list[bytes]) -> None:
+        self.ends = ends
+        """int64: exclusive, in tokens of the shard."""
+        self._lines = lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def identity(self, index: int) -> tuple[str, str]:
+        """(id, source file) of a document."""
+        line = json.loads(self._lines[index])
+        return line["id"], line["source"]
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.identity(index)[0] for index in range(len(self))]
+
+    def find(self, identity: str) -> list[int]:
+        """Indices of the documents with this id."""
+        begin = json.dumps({"id": identity}).encode()[:-1] + b","
+        return [index for index, line in enumerate(self._lines) if line.startswith(begin)]
 
 
 class TokenStore:
@@ -130,14 +147,12 @@ class TokenStore:
         data = files.read_many([(ends, 0, entry["bytes"]["ends"]), (lines, 0, entry["bytes"]["docs.jsonl.zst"])])
         try:
             text = zstandard.ZstdDecompressor().decompressobj().decompress(data[1])
-            named = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
-            found = Documents(np.frombuffer(data[0], "<u8").astype(np.int64), [line["id"] for line in named],
-                              [line["source"] for line in named])
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+        except zstandard.ZstdError as error:
             raise UserError(f"{lines}: damaged ({error}); `verify {self.path}` lists all damage") from error
-        if not len(found.ends) == len(found.ids) == entry["documents"]:
-            raise UserError(f"{lines}: {len(found.ids)} documents, but {len(found.ends)} ends and {entry['documents']} "
-                            f"in the manifest; `verify {self.path}` lists all damage")
+        found = Documents(np.frombuffer(data[0], "<u8").astype(np.int64), text.splitlines())
+        if not len(found.ends) == len(found) == entry["documents"]:
+            raise UserError(f"{lines}: {len(found)} documents, but {len(found.ends)} ends and {entry['documents']} in "
+                            f"the manifest; `verify {self.path}` lists all damage")
         return found
 
 

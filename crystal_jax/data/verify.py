@@ -151,11 +151,11 @@ class _Checker:
             what = f"document {wrong[0]} ends where it begins, or before" if len(wrong) else f"the last end is {last}"
             yield f"{ends_file}: {what}, in a shard of {shard['tokens']} tokens"
         elif found := list(scan.finish(ends)):
-            ids = self._store.documents(split, shard["name"]).ids
+            documents = self._store.documents(split, shard["name"])
             for document, offset, problem in found[:NAMED]:
                 start = int(ends[document - 1]) if document else 0
-                yield (f"{tokens}: document {ids[document]}, token {offset - start} (token {offset} of the file): "
-                       f"{problem}")
+                name, _ = documents.identity(document)
+                yield f"{tokens}: document {name}, token {offset - start} (token {offset} of the file): {problem}"
             if len(found) > NAMED:
                 yield f"{tokens}:{_others(len(found))} of this kind"
 

@@ -1,0 +1,45 @@
+"""Tensors that are computed when they are asked for, some rows at a time: no more than a block is ever in memory."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from crystal_jax.errors import UserError
+
+BLOCK = 2**21
+"""Values at a time: 16 MiB in float64."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor by the function that makes its rows."""
+
+    shape: tuple[int, ...]
+    rows: Callable[[int, int], np.ndarray]
+    """Its rows from start to stop: in float64, or in the parameters' dtype where they are only moved."""
+    source: str = ""
+    """The leaves that it is moved from, for messages."""
+
+    @property
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of one block of rows after the other."""
+        step = max(1, BLOCK // math.prod(self.shape[1:]))
+        return ((start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+
+def rounded(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Computed values as they are to be stored.
+
+    Raises:
+      UserError: a value that isn't finite, or not in `dtype`.
+    """
+    with np.errstate(over="ignore"):  # checked below
+        cast = values.astype(dtype, copy=False)
+    bad = cast.size - np.count_nonzero(np.isfinite(cast))
+    if bad:
+        beyond = f"beyond the range of {dtype.name}; use --dtype=bfloat16"
+        why = beyond if np.isfinite(values).all() else "NaN or inf"
+        raise UserError(f"{name}: {bad} of {cast.size} values are {why}")
+    return cast
