@@ -11,10 +11,10 @@ CRYSTAL := $(VENV)/bin/crystal-jax
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test test-transformers lint lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/installed $(DEMO)/data/tokenizer.json  ## train the tiny recipe on Python's standard library
 	$(CRYSTAL) prepare --source=pystd-code --name=pystd-code --tokenizer=$(DEMO)/data/tokenizer.json --output=$(DEMO)/data --heldout=0.05
@@ -38,6 +38,18 @@ $(DEMO)/data/tokenizer.json: | $(VENV)/installed
 
 test: lint  ## lint, types and the test suite
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4
+
+# Exported folders must load in these too, each in an environment of its own: no two of them fit into one.
+OLDER := $(foreach version,4.46.3 4.57.6,$(VENV)-transformers-$(version)/installed)
+
+test-transformers: $(VENV)/installed-dev $(OLDER)  ## exported folders in older versions of transformers
+	$(VENV)/bin/python -m pytest tests/test_transformers_versions.py
+
+$(VENV)-transformers-%/installed:
+	@echo "Installing transformers $* and torch into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 transformers==$* numpy safetensors
+	@touch $@
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -68,5 +80,5 @@ lock:  ## write the hashed requirements from pyproject.toml (needs uv)
 	$(LOCK) --group=dev -c requirements/data.txt -o requirements/dev.txt
 
 clean:  ## remove .venv, caches and the demo
-	rm -rf $(VENV) demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-transformers-* demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

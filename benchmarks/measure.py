@@ -1,6 +1,7 @@
 """What benchmarks read of their own process: memory, and time by both clocks."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,32 @@ def clocked() -> Iterator[Clock]:
     clock, wall, cpu = Clock(), time.perf_counter(), time.process_time()
     yield clock
     clock.wall, clock.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+@dataclass
+class Peak:
+    before: float = 0.0
+    """MiB."""
+    highest: float = 0.0
+    """MiB."""
+
+
+@contextlib.contextmanager
+def peak_anonymous(seconds: float = 0.005) -> Iterator[Peak]:
+    """The highest anonymous memory in its block, looked at every so many seconds: the kernel keeps no such peak."""
+    peak, done = Peak(memory_mb("RssAnon"), memory_mb("RssAnon")), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            peak.highest = max(peak.highest, memory_mb("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
 
 
 @dataclass

@@ -21,8 +21,8 @@ MODELS = {
     "llama2": LLAMA2,
     "codellama": dataclasses.replace(LLAMA2, vocab_size=32016, max_length=16384, rotary_base=1e6),
     "starcoder": ModelConfig(family="starcoder", vocab_size=49152, embed_dim=6144, num_layers=40, num_heads=48,
-                             num_kv_heads=1, mlp_dim=24576, max_length=8192, rotary_dim=0, mup_base_width=6144,
-                             embed_scale=1.0, output_scale=1.0, init_std=0.02),
+                             num_kv_heads=1, mlp_dim=24576, exact_gelu=True, max_length=8192, rotary_dim=0,
+                             mup_base_width=6144, embed_scale=1.0, output_scale=1.0, init_std=0.02),
 }
 
 

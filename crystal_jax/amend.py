@@ -49,13 +49,25 @@ def amended(run_dir: Path, known: Record, plan: dict[str, Any], changes: list[st
 
 
 def _check_phases(old: Plan, new: Plan, step: int) -> None:
-    began = [(placed.phase.name, placed.start) for placed in old.phases]
-    for index, placed in enumerate(new.phases):
-        name, start = placed.phase.name, placed.start
-        if start < step and [(name, start)] != began[index : index + 1]:
-            raise UserError(f"--amend_from={step}: config.phases[{index}] ({name}) would begin at step {start}, but the "
-                            f"run's phases began as {', '.join(f'{name} at {start}' for name, start in began)}; change "
-                            "only what comes later")
+    """What is over stays as it was: phases that have begun keep name and place, those that have ended all they say.
+
+    The phase that ends just at `step` may be made longer.
+    """
+    for placed in old.phases:
+        if placed.start >= step:
+            break
+        path, now = f"config.phases[{placed.index}]", new.phases[placed.index : placed.index + 1]
+        if not now or (now[0].phase.name, now[0].start) != (placed.phase.name, placed.start):
+            found = f"{now[0].phase.name} from step {now[0].start}" if now else "missing"
+            raise UserError(f"--amend_from={step}: {path} is {found}, but the run has begun {placed.phase.name} at "
+                            f"step {placed.start}; change only what comes later")
+        over = placed.end < step or (placed.end == step and now[0].end == step)
+        if over and now[0].phase != placed.phase:
+            raise UserError(f"--amend_from={step}: {path} ({placed.phase.name}) ended at step {placed.end}, but is "
+                            "changed; change only what comes later")
+        if not over and now[0].end <= step:
+            raise UserError(f"--amend_from={step}: {path} ({placed.phase.name}) would end at step {now[0].end}; make "
+                            "it longer: the run is there already")
     if step >= new.total_steps:
         raise UserError(f"--amend_from={step}: the new recipe ends at step {new.total_steps}; make it longer")
 

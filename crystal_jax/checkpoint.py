@@ -5,6 +5,7 @@ in half precision under its phase's name, written once, read back before it coun
 checkpoint, manifest.json, then the rolling state of the same step, so that a kill at any moment leaves no hole.
 """
 
+import dataclasses
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -41,9 +42,9 @@ class Weights:
     """Phase, step, tokens per source and the like; see `describe` in train.py."""
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     # Compression made saves 5 to 10 times slower for 7.5% less space, and took 200-700 MB more memory.
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **options)
 
 
 class RollingStates:
@@ -174,21 +175,27 @@ def save_weights(folder: Path, params: Params, model: ModelConfig, tokenizer: Pa
         raise UserError(f"{folder}: exists and is no checkpoint; name another folder, or move it away")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _disk(folder), ocp.Checkpointer(_handler()) as writer:
+    # By itself Orbax copies all arrays of the host before it writes; only a save in the background needs that.
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()))
+    with _disk(folder), ocp.Checkpointer(_handler(type_handler_registry=arrays)) as writer:
         writer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(params))
-    _compare(folder, params, _restore_numpy(partial / WEIGHTS))
+    _compare(folder, params, partial / WEIGHTS)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
     files.write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
     partial.replace(folder)
 
 
-def _compare(folder: Path, written: Params, found: Params) -> None:
-    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(written)[0], jax.tree.leaves(found), strict=True):
-        same = np.asarray(a).tobytes() == b.tobytes()
-        if not same:
-            raise UserError(f"{folder}: {jax.tree_util.keystr(path)} read back differs from what was written; the disk "
-                            "or its memory is faulty")
+def _compare(folder: Path, params: Params, written: Path) -> None:
+    with _damage(written, "the disk or its memory is faulty"):
+        tree = stream.Tree(written)
+        for path, value in jax.tree_util.tree_flatten_with_path(params)[0]:
+            name = _dotted(path)
+            if name not in tree.arrays or not tree.holds(tree.arrays[name], np.asarray(value)):
+                raise UserError(f"{folder}: {name} read back differs from what was written; the disk or its memory is "
+                                "faulty")
 
 
 def _restore_numpy(folder: Path) -> Params:
@@ -221,18 +228,36 @@ def open_weights(path: str | Path, scratch: Path) -> Weights:
     Raises:
       UserError: as load_weights; too little space for the arrays.
     """
+    tree, outlined = _open_tree(path)
+    with _damage(tree.folder, "take another checkpoint"):
+        arrays = stream.map_arrays(tree, scratch)
+    tokenizer = outlined.tokenizer
+    if tokenizer and files.is_remote(tokenizer):
+        files.write_bytes(scratch / tokenizer.name, files.read_bytes(tokenizer))
+        tokenizer = scratch / tokenizer.name
+    return dataclasses.replace(outlined, params=_nested(arrays, outlined.model), tokenizer=tokenizer)
+
+
+def outline(path: str | Path) -> Weights:
+    """`open_weights` without values: arrays of zeros that take no memory.
+
+    Raises:
+      UserError: as load_weights.
+    """
+    return _open_tree(path)[1]
+
+
+def _open_tree(path: str | Path) -> tuple[stream.Tree, Weights]:
     weights, tokenizer, model, info = _locate(files.as_path(path))
     with _damage(weights, "take another checkpoint"):
         tree = stream.Tree(weights)
     _check_model(weights, tree.arrays, model)
-    with _damage(weights, "take another checkpoint"):
-        arrays = stream.map_arrays(tree, scratch)
-    params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[_dotted(path)], Crystal(model).specs())
-    found = tokenizer if tokenizer.exists() else None
-    if found and files.is_remote(found):
-        files.write_bytes(scratch / found.name, files.read_bytes(found))
-        found = scratch / found.name
-    return Weights(params, model, found, info)
+    zeros = {name: np.broadcast_to(np.zeros((), array.dtype), array.shape) for name, array in tree.arrays.items()}
+    return tree, Weights(_nested(zeros, model), model, tokenizer if tokenizer.exists() else None, info)
+
+
+def _nested(arrays: dict[str, np.ndarray], model: ModelConfig) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_dotted(path)], Crystal(model).specs())
 
 
 def _check_model(weights: Path, params: Params, model: ModelConfig) -> None:

@@ -27,7 +27,7 @@ class Family:
     norm: str
     """layer (mean and variance; scale and bias) or rms (scale alone)."""
     mlp: str
-    """gated (SwiGLU) or plain (GELU, in its tanh form)."""
+    """gated (SwiGLU) or plain (GELU)."""
     positions: str
     """interleaved or halves (which dims of a head rotate together), or learned (a vector per position)."""
     biases: bool
@@ -59,6 +59,8 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries; None for as many."""
     mlp_dim: int = 10922
+    exact_gelu: bool = False
+    """Of a plain MLP: GELU itself, not its tanh form; StarCoder releases differ in it."""
     max_length: int = 2048
     rotary_dim: int = 32
     """Leading dims of each head that are rotated, in interleaved pairs."""

@@ -63,7 +63,7 @@ def open_run(run_dir: str | Path) -> Subject:
       UserError: no run there; a store or tokenizer that is missing, or isn't the one that the run has read.
     """
     run, record = load_run(run_dir), read_record(Path(run_dir))
-    stores = Stores(run.config)
+    stores = Stores(run.config, record.eras)
     read, now = record.plan["fingerprints"], stores.fingerprints()
     if changed := [name for name in {**read, **now} if read.get(name) != now.get(name)]:
         kind, _, source = changed[0].partition(".")

@@ -108,6 +108,7 @@ class MLP(nnx.Module):
         D, F = config.embed_dim, config.mlp_dim
         lead: Axes = tuple("layers" for _ in stack)
         self.gated, self.biased = config.choices.mlp == "gated", config.choices.biases
+        self.exact_gelu = config.exact_gelu
         for name in ("gate", "up") if self.gated else ("up",):
             setattr(self, name, declare((*stack, D, F), (*lead, "embed", "mlp"), "matrix", std=config.matrix_std))
             if self.biased:
@@ -126,7 +127,7 @@ class MLP(nnx.Module):
             gate_MF = project("md,df->mf", x_MD, self, "gate", ("batch", "mlp"))
             mid_MF = up_MF.astype(wide) * jax.nn.silu(gate_MF.astype(wide))
         else:
-            mid_MF = jax.nn.gelu(up_MF.astype(wide), approximate=True)
+            mid_MF = jax.nn.gelu(up_MF.astype(wide), approximate=not self.exact_gelu)
         out_MD = project("mf,fd->md", mid_MF.astype(x_BTD.dtype), self, "down", ("batch", "embed"))
         return out_MD.reshape(x_BTD.shape, out_sharding=sharding.used("batch", "length", "embed"))
 

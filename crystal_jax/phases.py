@@ -162,9 +162,9 @@ class Plan:
         return placed, phase_step
 
     def learning_rate(self, step: int) -> float:
-        """Peak-group learning rate of the update made at global `step`."""
-        placed, phase_step = self.at(step)
-        return learning_rate(placed.phase.lr, phase_step)
+        """Peak-group learning rate of the update made at global `step`, by the recipe that decided it."""
+        segment = next(segment for segment in self.segments if segment.start <= step < segment.end)
+        return learning_rate(segment.phase.lr, step - self.phases[segment.index].start)
 
     def calendar(self) -> dict[int, str]:
         """Global step (updates done) to the folder of its permanent checkpoint, in order."""
@@ -208,7 +208,8 @@ def make_plan(config: Config, eras: Sequence[Era] = ()) -> Plan:
         for segment in segments:
             if segment.index == index:
                 counts.update(segment.given(segment.end))
-        placed.append(PhasePlan(phase, index, start, steps, dict(counts)))
+        in_order = {name: counts[name] for name in {**phase.mix, **counts}}
+        placed.append(PhasePlan(phase, index, start, steps, in_order))
         start += steps
     return Plan(tuple(placed), tuple(segments), config.data.sequence_length)
 

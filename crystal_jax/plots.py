@@ -188,7 +188,7 @@ def draw_gradient_norm(axes: Axes, run: Run) -> None:
 
 def draw_throughput(axes: Axes, run: Run) -> None:
     """Tokens per second of training, evaluation and checkpoints left out."""
-    _noisy(axes, *run.series(lambda line: line["tokens_per_second"]), "#57606a", "tokens per second")
+    _noisy(axes, *run.series(lambda line: line.get("tokens_per_second")), "#57606a", "tokens per second")
     _frame(axes, run, "Throughput (tokens per second)")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_tick)

@@ -88,10 +88,10 @@ class Clock:
         if self.logs(done):
             placed, _ = self.plan.done(done)
             now = time.perf_counter()
-            step_seconds = (self.interval.seconds + now - self.since) / max(1, self.interval.steps - self.untimed)
+            timed, seconds = self.interval.steps - self.untimed, self.interval.seconds + now - self.since
             tokens = placed.phase.global_batch_size * self.plan.sequence_length
-            self.report(done, {**self.interval.record(), "step_seconds": step_seconds,
-                               "tokens_per_second": tokens / step_seconds})
+            rate = {"step_seconds": seconds / timed, "tokens_per_second": tokens * timed / seconds} if timed else {}
+            self.report(done, {**self.interval.record(), **rate})
             self.interval, self.since, self.untimed = Interval(self.interval.sources), now, 0
 
 
@@ -106,7 +106,9 @@ class Progress:
 
     def show(self, done: int, record: dict[str, Any]) -> None:
         placed, phase_step = self.plan.done(done)
-        numbers = f"loss {record.get('loss', float('nan')):.3f}, {record['tokens_per_second']:,.0f} tok/s"
+        numbers = f"loss {record.get('loss', float('nan')):.3f}"
+        if "tokens_per_second" in record:
+            numbers += f", {record['tokens_per_second']:,.0f} tok/s"
         if not self.bar.disable:
             self.bar.set_description(placed.phase.name, refresh=False)
             self.bar.set_postfix_str(numbers, refresh=False)

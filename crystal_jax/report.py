@@ -89,7 +89,7 @@ def training_seconds(run: Run) -> float:
     """Seconds that the updates took, from each log line's throughput."""
     before, seconds = 0, 0.0
     for line in run.train:
-        if line["tokens_per_second"]:
+        if line.get("tokens_per_second"):
             seconds += (line["tokens"] - before) / line["tokens_per_second"]
         before = line["tokens"]
     return seconds

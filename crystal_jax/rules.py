@@ -8,6 +8,10 @@ from typing import Any
 
 from crystal_jax.config import DOMAINS, FAMILIES, Config, ModelConfig, Phase, check_types, nearest, require
 from crystal_jax.errors import UserError
+from crystal_jax.phases import phase_steps
+
+MAX_SEQUENCES = 3_000_000_000
+"""Of a phase: the square, which the order of its sources is computed with, is below 2^63."""
 
 
 def validate(config: Config) -> Config:
@@ -71,6 +75,9 @@ def _check_phase(phase: Phase, config: Config, path: str) -> None:
     if phase.tokens is not None:
         per_step = phase.global_batch_size * config.data.sequence_length
         require(phase.tokens >= per_step, f"{path}.tokens", phase.tokens, f"at least one step of {per_step} tokens")
+    sequences = phase_steps(phase, config.data.sequence_length) * phase.global_batch_size
+    require(sequences <= MAX_SEQUENCES, f"{path}.{budget}", getattr(phase, budget),
+            f"at most {MAX_SEQUENCES:,} sequences; make several phases of it")
     _check_mix(phase, config, path)
     for owner, rates in (("fim_rate", phase.fim_rate), ("epochs", phase.epochs), ("subset", phase.subset)):
         for name in rates:

@@ -6,10 +6,10 @@ without compression are read by byte range, which TensorStore's own arrays don't
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -26,12 +26,19 @@ from etils import epath
 from crystal_jax import files
 from crystal_jax.errors import UserError
 
-IN_FLIGHT = 1 << 25
+IN_FLIGHT = 1 << 24
 """Bytes that have been asked for and not yet copied."""
-PIECE = 1 << 23
-"""Bytes of one request."""
+PIECE = 1 << 18
+"""Bytes of one request: the allocator gives out the same memory again, which took half the time of 4 MiB."""
+REMOTE_PIECE = 1 << 22
+"""The same on gs://, where each takes its time."""
+INDEX_BYTES = 1 << 24
+"""Of the database's own tree of keys, kept between reads."""
+MANIFEST = "manifest.ocdbt"
+"""The root of a tree: no two trees have the same."""
 RECORD = "scratch.json"
-"""In the folder of raw files: which arrays of which tree are whole."""
+"""In the folder of raw files: which arrays of which tree are whole, and since which start of the machine."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}]
 
@@ -59,17 +66,22 @@ class Tree:
     def __init__(self, folder: epath.Path):
         import tensorstore as ts
 
-        self.folder, self._ts = folder, ts
-        self.version = hashlib.sha256(files.read_bytes(folder / "manifest.ocdbt")).hexdigest()
-        """Of this very tree: another one in the same folder has another."""
+        self.folder = folder
+        self._piece = REMOTE_PIECE if files.is_remote(folder) else PIECE
+        self.version = files.sha256(folder / MANIFEST)
         bucket, _, key = os.fspath(folder).removeprefix("gs://").partition("/")
         base = ({"driver": "gcs", "bucket": bucket, "path": f"{key}/"} if files.is_remote(folder) else
                 {"driver": "file", "path": f"{os.path.abspath(folder)}/"})
-        self._store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_BYTES}})
+        self._store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
         names = [key.decode().removesuffix("/zarr.json") for key in self._store.list().result()
                  if key.endswith(b"/zarr.json")]
-        found = {name: self._store.read(f"{name}/zarr.json") for name in names}
+        found = {name: self._read(f"{name}/zarr.json") for name in names}
         self.arrays = {name: _parse(name, json.loads(read.result().value)) for name, read in found.items()}
+
+    def _read(self, key: str, first: int | None = None, end: int | None = None) -> Any:
+        """Starts to read bytes of a value; without a look at whether the tree has changed, which it doesn't."""
+        return self._store.read(key, byte_range=slice(first, end), staleness_bound=0.0)
 
     def copy(self, array: Array, target: np.ndarray) -> None:
         """Fills `target` with the array's values.
@@ -77,27 +89,44 @@ class Tree:
         Raises:
           ValueError: a chunk or a part of one that isn't there.
         """
-        pending: deque[tuple[Any, np.ndarray, tuple[int, ...]]] = deque()
+        for place, values in self._values(array, target):
+            place[...] = values
+
+    def holds(self, array: Array, expected: np.ndarray) -> bool:
+        """Whether the array is exactly `expected`, bit by bit.
+
+        Raises:
+          ValueError: as copy.
+        """
+        if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+            return False
+        return all(place.tobytes() == values.tobytes() for place, values in self._values(array, expected))
+
+    def _values(self, array: Array, target: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(a part of `target`, what is stored of it), piece by piece."""
+        pending: deque[tuple[Any, np.ndarray, tuple[int, ...], int]] = deque()
         held = 0
         for key, first, size, view, shape in self._pieces(array, target):
             while pending and held + size > IN_FLIGHT:
-                held -= _place(*pending.popleft())
-            pending.append((self._store.read(key, byte_range=slice(first, first + size)), view, shape))
+                *oldest, freed = pending.popleft()
+                yield _received(*oldest)
+                held -= freed
+            pending.append((self._read(key, first, first + size), view, shape, size))
             held += size
-        for read, view, shape in pending:
-            _place(read, view, shape)
+        for *rest, _ in pending:
+            yield _received(*rest)
 
     def _pieces(self, array: Array, target: np.ndarray) -> Iterator[tuple[str, int, int, np.ndarray, tuple[int, ...]]]:
         """(key, first byte, number of bytes, the values' place in `target`, shape) of each request."""
         parts = [range(math.ceil(n / m)) for n, m in zip(array.chunk, array.part, strict=True)]
         grid = [range(math.ceil(n / m)) for n, m in zip(array.shape, array.chunk, strict=True)]
         count = math.prod(map(len, parts))
-        tail = slice(-(16 * count + 4), None)  # where each part begins and its size; a checksum
+        tail = -(16 * count + 4)  # where each part begins and its size; a checksum
         keys = {cell: f"{array.name}/c/{'/'.join(map(str, cell))}" for cell in product(*grid)}
-        indexes = {cell: self._store.read(key, byte_range=tail) for cell, key in keys.items()}
+        indexes = {cell: self._read(key, tail) for cell, key in keys.items()}
         for cell, key in keys.items():
             found = indexes[cell].result()
-            if found.state != "value":
+            if len(found.value) != -tail:  # empty where the key or its file is missing
                 raise ValueError(f"{key} is missing")
             index = np.frombuffer(found.value[:-4], "<u8").reshape(count, 2)
             for (first, size), inner in zip(index.tolist(), product(*parts), strict=True):
@@ -107,26 +136,27 @@ class Tree:
                     continue  # beyond the array's end
                 if size != math.prod(array.part) * array.dtype.itemsize:
                     raise ValueError(f"{key} has {size} bytes in a part of {array.part} {array.dtype.name}")
-                for offset, box, shape in boxes(array.part, array.dtype.itemsize):
+                for offset, box, shape in boxes(array.part, array.dtype.itemsize, self._piece):
                     if place[box].size:
                         yield key, first + offset, math.prod(shape) * array.dtype.itemsize, place[box], shape
 
 
-def _place(read: Any, view: np.ndarray, shape: tuple[int, ...]) -> int:
-    """Copies what has been read; what lies beyond the array's end is left out."""
-    found = read.result()
-    if found.state != "value":
-        raise ValueError("a chunk went missing")
-    values = np.frombuffer(found.value, view.dtype).reshape(shape)
-    view[...] = values[tuple(map(slice, view.shape))]
-    return values.nbytes
+def _received(read: Any, place: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(place, its values); what lies beyond the array's end is left out."""
+    values = np.frombuffer(read.result().value, place.dtype)
+    if values.size != math.prod(shape):
+        raise ValueError(f"{values.nbytes} bytes came of a chunk, for {shape} {place.dtype.name}")
+    return place, values.reshape(shape)[tuple(map(slice, place.shape))]
 
 
-def boxes(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, Box, tuple[int, ...]]]:
-    """(offset in bytes, box, its shape) of the pieces of a C-ordered array, each of neighbouring bytes, PIECE at most."""
-    axis = next(axis for axis in range(len(shape)) if math.prod(shape[axis + 1 :]) * itemsize <= PIECE)
+def boxes(shape: tuple[int, ...], itemsize: int, piece: int) -> Iterator[tuple[int, Box, tuple[int, ...]]]:
+    """(offset in bytes, box, its shape) of the pieces of a C-ordered array, each of at most `piece` neighbouring bytes.
+
+    piece: at least the bytes of a value.
+    """
+    axis = next(axis for axis in range(len(shape)) if math.prod(shape[axis + 1 :]) * itemsize <= piece)
     inner = math.prod(shape[axis + 1 :]) * itemsize
-    rows = PIECE // inner
+    rows = piece // inner
     whole, offset = tuple(slice(0, n) for n in shape[axis + 1 :]), 0
     for outer in product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], rows):
@@ -173,8 +203,10 @@ def map_arrays(tree: Tree, scratch: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: too little space.
     """
-    record, done = scratch / RECORD, []
-    if record.exists() and (kept := files.read_json(record))["version"] == tree.version:
+    # The copies aren't synced, which would take as long as the rest: a machine that went down may have lost them.
+    boot = BOOT.read_text().strip() if BOOT.exists() else secrets.token_hex(8)
+    record, source, done = scratch / RECORD, {"version": tree.version, "boot": boot}, []
+    if record.exists() and (kept := files.read_json(record)).get("source") == source:
         done = kept["arrays"]
     left = sum(array.nbytes for name, array in tree.arrays.items() if name not in done)
     free = shutil.disk_usage(scratch).free
@@ -185,22 +217,29 @@ def map_arrays(tree: Tree, scratch: Path) -> dict[str, np.ndarray]:
         if name not in done:
             _copy(tree, array, scratch / name)
             done.append(name)
-            files.write_json(record, {"version": tree.version, "arrays": done})
+            files.write_json(record, {"source": source, "arrays": done})
     return {name: np.memmap(scratch / name, array.dtype, "r", shape=array.shape)
             for name, array in tree.arrays.items()}
 
 
-def _copy(tree: Tree, array: Array, path: Path) -> None:
+def new_file(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A map of a new file that has its whole space on the disk.
+
+    Raises:
+      UserError: too little space.
+    """
+    size = math.prod(shape) * dtype.itemsize
     with open(path, "wb+") as file:
         try:
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(file.fileno(), 0, array.nbytes)  # a full disk is an error here, a crash in a map
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, a crash in a map
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise UserError(f"{path}: no space left for {array.nbytes:,} bytes; free some space, or choose an --output "
-                            "on another disk") from None
-        target = np.memmap(file, array.dtype, "r+", shape=array.shape)
-        tree.copy(array, target)
-        target.flush()
-        os.fsync(file.fileno())
+            raise UserError(f"{path}: no space left for {size:,} bytes; free some space, or choose an --output on "
+                            "another disk") from None
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _copy(tree: Tree, array: Array, path: Path) -> None:
+    tree.copy(array, new_file(path, array.shape, array.dtype))

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,6 +85,8 @@ def open_run(config: Config, run_dir: Path, init_from: str | Path | None = None,
             raise UserError(f"--init_from={init_from}: {'; '.join(changes)}; the model must be the checkpoint's")
     began_with = None if weights is None else fingerprint(weights.params)
     record = check(run_dir, results_depend_on(config, stores, began_with), config, amend_from)
+    if record.amendments:
+        stores = Stores(config, record.eras)
     return Run(config, run_dir, mesh, stores, record), weights
 
 
@@ -186,6 +189,14 @@ class Run:
             self.progress.note(f"no held-out tokens of {domain}; `prepare --heldout` sets their share")
         clock = Clock(self.config.training, self.plan, interval, self.report)
         self.hashes: dict[int, str] = {}
+        try:
+            return self._steps(state, start, clock, evaluator, signals)
+        except Exception:
+            with suppress(Exception):  # a save under way is finished: the error that stopped the run is the one to show
+                self.states.close()
+            raise
+
+    def _steps(self, state: TrainState, start: int, clock: Clock, evaluator: HeldOut, signals: Signals) -> int:
         batches = self.batches.iterate(start)
         stopped = False
         for step in range(start, self.plan.total_steps):
@@ -216,20 +227,22 @@ class Run:
         roll = phase_end or stopped or done % self.config.checkpoints.every_steps == 0
         if not (evaluate or roll or done in self.permanent):
             return
+        described = self.describe(done)
         with clock.paused():
             if evaluate and evaluator.windows:
                 found = evaluator(state.params)
+                described["heldout"] = found["heldout"]
                 self.log.write("eval", done, **self.place(done), **found)
                 self.progress.note(f"step {done}: held-out " + ", ".join(
                     f"{domain} {values['loss']:.3f}" for domain, values in found["heldout"].items()))
             if done in self.permanent:
                 self.calendar.write(self.permanent[done], state.params, self.config.model,
-                                    self.config.checkpoints.export_dtype, self.describe(done))
+                                    self.config.checkpoints.export_dtype, described)
                 self.log.write("checkpoint", done, name=self.permanent[done])
             if roll:
                 tree = {"params": state.params, "moments": moments(state.opt_state)}
                 self.states.save(done, tree, {"model": to_dict(self.config.model), "interval": to_dict(clock.interval),
-                                              **self.describe(done)})
+                                              **described})
 
     def report(self, done: int, record: dict[str, Any]) -> None:
         """What is due at a log interval; background saves that failed surface here."""
@@ -248,7 +261,7 @@ class Run:
                 "lr": self.plan.learning_rate(done - 1)}
 
     def describe(self, done: int) -> dict[str, Any]:
-        """All that a checkpoint after `done` updates says of itself."""
+        """What a checkpoint after `done` updates says of itself, beside the held-out losses of that step, if any."""
         place = self.place(done)
         return {"name": checkpoint_name(place["phase"], place["phase_step"]), "step": done, **place,
                 **self.consumed(done), "plan_hash": self.plan_hash, "config": to_dict(self.config),

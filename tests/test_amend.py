@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import make_config, write_config
 
+from crystal_jax.amend import _check_phases
 from crystal_jax.config import Config, Phase, Source
 from crystal_jax.data.pipeline import Batches, Stores
+from crystal_jax.errors import UserError
 from crystal_jax.history import load_run, read_metrics, read_record
 from crystal_jax.phases import Era, make_plan, quotas
 
@@ -188,11 +190,13 @@ def test_the_same_command_goes_on_and_another_change_is_one_more_amendment(
 @pytest.mark.parametrize("arguments, says", [
     (("--amend_from=6",), r"follows this very plan"),
     ((*CHANGE, "--amend_from=7"), r"--amend_from=7: no state of that step; .* has .*18"),
-    ((*CHANGE, "--amend_from=18"), r"ends at step 18; make it longer"),
+    ((*CHANGE, "--amend_from=18"), r"phases\[1\] \(phase2\) ended at step 14, but is changed"),
+    (("--config.phases[0].lr.peak=0.5", "--amend_from=14"), r"phases\[0\] \(phase1\) ended at step 6, but is changed"),
+    (("--config.optimizer.beta1=0.8", "--amend_from=18"), r"ends at step 18; make it longer"),
     (("--config.model.num_heads=2", "--amend_from=6"), r"config.model.num_heads was 4, is 2: that can't change"),
     (("--config.data.seed=2", "--amend_from=6"), r"config.data.seed was 1, is 2: that can't change within a run"),
-    (("--config.phases[0].steps=5", "--amend_from=6"), r"phases\[1\] \(phase2\) would begin at step 5, but"),
-    (("--config.phases[0].name=other", "--amend_from=6"), r"phases\[0\] \(other\) would begin at step 0, but"),
+    (("--config.phases[0].steps=5", "--amend_from=6"), r"phases\[0\] \(phase1\) would end at step 5; make it"),
+    (("--config.phases[0].name=other", "--amend_from=6"), r"phases\[0\] is other from step 0, but the run has begun"),
 ])
 def test_what_cannot_be_amended_is_refused_in_one_line(
     arguments: tuple[str, ...], says: str, finished: Path, config_file: Path, run_cli: RunCli) -> None:
@@ -223,3 +227,50 @@ def test_a_source_may_join_but_not_leave(world: Path) -> None:
         phase.mix = {"code": 0.5, "more": 0.5}
     with pytest.raises(Exception, match=r"config\.sources\.text: left out"):
         Batches(lost, stores, eras=[Era(8, old, past)])
+
+
+def test_a_source_may_be_dropped_also_when_its_store_is_gone(world: Path, tmp_path: Path) -> None:
+    root = tmp_path / "world"
+    shutil.copytree(world, root)
+    old = make_config(root)
+    past = Stores(old).fingerprints()
+    new = copy.deepcopy(old)
+    for phase in new.phases:
+        phase.mix, phase.fim_rate = {"text": 1.0}, {}
+    eras = [Era(4, old, past)]
+    stores = Stores(new, eras)
+    assert stores.fingerprints().keys() == {"tokenizer", "store.text"}
+    batches = Batches(new, stores, eras=eras)
+    before = Batches(old, Stores(old))
+    assert all(np.array_equal(batches[3][name], before[3][name]) for name in before[3])
+    assert {draw.source for step in range(4, 18) for draw in batches.draws(step)} == {"text"}
+    shutil.rmtree(root / "code")
+    without = Batches(new, Stores(new, eras), eras=eras)
+    assert without.counts(18) == batches.counts(18)
+    assert np.array_equal(without[9]["inputs"], batches[9]["inputs"])
+    with pytest.raises(UserError, match=r"read code as it was .* removed"):
+        [without[step] for step in range(4)]
+
+
+def test_each_recipe_keeps_its_own_learning_rate(world: Path) -> None:
+    old = make_config(world)
+    new = copy.deepcopy(old)
+    new.phases[1].lr.peak, new.phases[1].steps = 0.1, 12
+    plan, was = make_plan(new, [Era(9, old, {})]), make_plan(old)
+    assert [plan.learning_rate(step) for step in range(9)] == [was.learning_rate(step) for step in range(9)]
+    assert plan.learning_rate(9) > 10 * was.learning_rate(9)
+
+
+def test_a_phase_under_way_stays_a_phase(world: Path) -> None:
+    old = make_plan(make_config(world))
+    gone, longer = make_config(world), make_config(world)
+    del gone.phases[1]
+    with pytest.raises(UserError, match=r"phases\[1\] is phase3 from step 6, but the run has begun phase2 at step 6"):
+        _check_phases(old, make_plan(gone), 8)
+    del gone.phases[1]
+    with pytest.raises(UserError, match=r"phases\[1\] is missing, but the run has begun phase2"):
+        _check_phases(old, make_plan(gone), 8)
+    longer.phases[0].steps = 10
+    _check_phases(old, make_plan(longer), 6)
+    with pytest.raises(UserError, match=r"phases\[0\] \(phase1\) ended at step 6, but is changed"):
+        _check_phases(old, make_plan(longer), 7)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from crystal_jax import checkpoint, files, sharding
+from crystal_jax import files, sharding, stream
 from crystal_jax.checkpoint import Calendar, RollingStates, check_tree, load_weights, save_weights
 from crystal_jax.config import CheckpointConfig, MeshConfig, ModelConfig, to_dict
 from crystal_jax.errors import UserError
@@ -146,16 +146,17 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, state: dict) -
 
 
 def test_bytes_that_come_back_changed_make_no_checkpoint(tmp_path: Path, state: dict, monkeypatch) -> None:
-    original = checkpoint._restore_numpy
+    received = stream._received
 
-    def flipped(folder: Path) -> Any:
-        tree = original(folder)
-        tree["layers"]["mlp"]["up"] = tree["layers"]["mlp"]["up"].copy()
-        tree["layers"]["mlp"]["up"].view(np.uint8).flat[77] ^= 1
-        return tree
+    def flipped(read: Any, place: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        _, values = received(read, place, shape)
+        changed = values.copy()
+        if values.shape[1:] == (16, 24):
+            changed.view(np.uint8).flat[77] ^= 1
+        return place, changed
 
-    monkeypatch.setattr(checkpoint, "_restore_numpy", flipped)
-    with pytest.raises(UserError, match=r"\['mlp'\]\['up'\] read back differs"):
+    monkeypatch.setattr(stream, "_received", flipped)
+    with pytest.raises(UserError, match=r"layers.mlp.\w+ read back differs"):
         save_weights(tmp_path / "w", host(state["params"]), MODEL, None, {})
     assert not (tmp_path / "w").exists()
 

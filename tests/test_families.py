@@ -21,7 +21,9 @@ STARCODER = ModelConfig(family="starcoder", vocab_size=83, embed_dim=48, num_lay
                         mlp_dim=96, max_length=64, rotary_dim=0, mup_base_width=48, embed_scale=1.0, output_scale=1.0,
                         init_std=0.05)
 CRYSTAL_GROUPED = replace(STARCODER, family="crystal", num_kv_heads=2, rotary_dim=4, embed_scale=14.6)
-ALL = {"llama": LLAMA, "llama-grouped": GROUPED, "starcoder": STARCODER, "crystal-grouped": CRYSTAL_GROUPED}
+EXACT = replace(STARCODER, exact_gelu=True)
+ALL = {"llama": LLAMA, "llama-grouped": GROUPED, "starcoder": STARCODER, "starcoder-exact": EXACT,
+       "crystal-grouped": CRYSTAL_GROUPED}
 
 
 def drawn(model: ModelConfig, seed: int = 0) -> dict:
@@ -88,14 +90,16 @@ def theirs(model: ModelConfig, params: dict):
         made = transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(
             vocab_size=model.vocab_size, n_positions=model.max_length, n_embd=model.embed_dim,
             n_layer=model.num_layers, n_head=model.num_heads, n_inner=model.mlp_dim, multi_query=True,
-            layer_norm_epsilon=model.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+            layer_norm_epsilon=model.norm_eps,
+            activation_function="gelu" if model.exact_gelu else "gelu_pytorch_tanh",
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
         state = starcoder_state(model, params)
     made.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
     return made.eval()
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["llama", "llama-grouped", "starcoder"])
+@pytest.mark.parametrize("name", ["llama", "llama-grouped", "starcoder", "starcoder-exact"])
 def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     import torch
 

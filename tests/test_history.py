@@ -133,6 +133,7 @@ def test_what_counts_is_a_run_without_interruptions(
 def run_dir(tmp_path: Path) -> Path:
     config = to_dict(validate(tiny_600())) | {"versions": {"jax": "0.10.2"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": {}}))
     write(tmp_path / "metrics.jsonl", [])
     return tmp_path
 

@@ -28,13 +28,13 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Stricter than the layer.
 ONLY = {
     "data": {"__init__", "errors", "config", "phases", "files", "sharding", "data"},
-    "convert": {"__init__", "errors", "config", "files", "model", "checkpoint", "convert"},
+    "convert": {"__init__", "errors", "config", "files", "model", "stream", "checkpoint", "convert"},
 }
 
 # Optional or slow to import: inside the functions that need them. The files that a Hugging Face folder carries are
 # PyTorch modules, read by whoever has it.
-HEAVY = {"apache_beam", "gigatoken", "h5py", "matplotlib", "pyarrow", "seqio", "tensorflow", "tensorflow_datasets",
-         "torch", "transformers"}
+HEAVY = {"apache_beam", "gguf", "gigatoken", "h5py", "matplotlib", "pyarrow", "seqio", "tensorflow",
+         "tensorflow_datasets", "torch", "transformers", "xllamacpp"}
 PYTORCH_FILES = ("modeling_", "configuration_")
 
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

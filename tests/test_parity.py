@@ -200,6 +200,18 @@ def test_half_precision_is_compared_with_the_weights_as_stored(form: str, dtype:
     assert result["relative_difference"] <= (parity.ROUNDED[dtype] / 3 if form == "stablelm" else 3e-6)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "q8_0"])
+def test_a_gguf_file(dtype: str, world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = replace(MODELS["crystal"], vocab_size=448, embed_dim=48, num_heads=3, mlp_dim=67, rotary_dim=6)
+    right = Checkpoint(drawn(model), model, world / "tokenizer.json")
+    export.export(right, "gguf", tmp_path / "out", dtype=dtype)
+    result = parity.check("gguf", tmp_path / "out", right)
+    assert result["real_tokens"] and result["relative_difference"] <= parity.ROUNDED[dtype] / 3
+    right.params["layers"]["attn"]["o_bias"][1] = 0
+    assert "first in layer 1; " in refused(parity.check, "gguf", tmp_path / "out", right)
+
+
 def test_the_text_is_real_and_long_enough(reference: Path) -> None:
     model = replace(MODELS["crystal"], vocab_size=32032)
     tokenizer = reference / "crystalcoder_hf" / "tokenizer.json"
@@ -213,20 +225,22 @@ def shapes(draw: st.DrawFn) -> tuple[str, ModelConfig, float]:
     """A form, a model that it can say, and how large its biases are."""
     form = draw(st.sampled_from(list(FAMILY)))
     family, heads = FAMILY[form], draw(st.integers(1, 5))
-    head = 2 * draw(st.integers(1, 6))
+    head = 2 * draw(st.integers(4 if heads == 1 else 2, 6))  # in fewer than 8 channels a norm is nearly a sign function
     rotary = {"crystal": 2 * draw(st.integers(0 if form != "stablelm" else 1, head // 2)), "llama": head}.get(family, 0)
-    scales = dict(embed_scale=draw(st.floats(0.5, 20)), output_scale=draw(st.floats(0.5, 3)),
-                  mup_base_width=draw(st.integers(1, 40))) if family == "crystal" else dict(
-                      embed_scale=1.0, output_scale=1.0, mup_base_width=heads * head)
+    kv_heads = draw(st.sampled_from({"starcoder": [1], "crystal": [None]}.get(
+        family, [n for n in range(1, heads + 1) if heads % n == 0])))
     model = ModelConfig(
-        family=family, vocab_size=draw(st.integers(40, 130)), embed_dim=heads * head, num_layers=draw(st.integers(1, 3)),
-        num_heads=heads, num_kv_heads={"starcoder": 1}.get(family), mlp_dim=draw(st.integers(3, 50)),
-        max_length=draw(st.sampled_from([9, 17, 64, 80])), rotary_dim=rotary,
-        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])), **scales)
+        family=family, vocab_size=draw(st.integers(40, 130)), embed_dim=heads * head, num_heads=heads,
+        num_kv_heads=kv_heads, num_layers=draw(st.integers(1, 3)), mlp_dim=draw(st.integers(3, 50)),
+        max_length=draw(st.sampled_from([9, 17, 64, 80])), rotary_dim=rotary, mup_base_width=heads * head,
+        norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])), embed_scale=1.0, output_scale=1.0)
+    if family == "crystal":
+        model = replace(model, embed_scale=draw(st.floats(0.5, 20)), output_scale=draw(st.floats(0.5, 3)),
+                        mup_base_width=draw(st.integers(1, 40)))
     return form, model, draw(st.sampled_from([0.0, 0.2]))
 
 
-@settings(max_examples=8)
+@settings(max_examples=15)
 @given(shapes(), st.integers(0, 99), st.sampled_from(list(DTYPES)))
 def test_any_shape_passes(tmp_path_factory: pytest.TempPathFactory, shape: tuple[str, ModelConfig, float], seed: int,
                           dtype: str) -> None:
@@ -243,7 +257,7 @@ def test_a_result_is_written_and_read_again(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     assert parity.read(tmp_path) == result
-    assert "at most 2.5e-07 of the largest\n(1e-04" in files["README.md"].decode()
+    assert "at most\n2.5e-07 of the largest (1e-04" in files["README.md"].decode()
     (tmp_path / parity.FILE).write_text("{}")
     assert "parity.json: missing or not ours" in refused(parity.read, tmp_path)
 

@@ -81,6 +81,7 @@ def write_run(folder: Path, config: Config, lines: list[dict[str, Any]], manifes
     folder.mkdir(parents=True, exist_ok=True)
     plan = make_plan(config)
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    (folder / "plan.json").write_text(json.dumps({"plan": {}}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if manifest:
         entries = [{"name": line["name"], "phase": line["name"].split("/")[0], "phase_step": plan.done(line["step"])[1],

@@ -179,8 +179,8 @@ def texts() -> list[str]:
 def test_sizes_of_blocks_and_chunks_change_nothing(trained: Tokenizer, whole: Whole, monkeypatch: pytest.MonkeyPatch,
                                                    size: int) -> None:
     expected = [whole(text[:5000]) for text in texts()]
-    monkeypatch.setattr(words, "BLOCK", size)
-    monkeypatch.setattr(words, "CHUNK", size)
+    monkeypatch.setattr(words, "LOOKUP", size)
+    monkeypatch.setattr(words, "WINDOW", size)
     one = Tokenizer.load(trained.path)
     assert [one.encode_document(text[:5000]) for text in texts()] == expected
 
@@ -188,7 +188,7 @@ def test_sizes_of_blocks_and_chunks_change_nothing(trained: Tokenizer, whole: Wh
 def test_a_full_table_begins_anew(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = trained.encode_documents(texts())
     monkeypatch.setattr(words, "ROOM", 2000)
-    monkeypatch.setattr(words, "BLOCK", 1000)
+    monkeypatch.setattr(words, "LOOKUP", 1000)
     one = Tokenizer.load(trained.path)
     sizes = []
     for _ in range(2):
@@ -211,7 +211,7 @@ def test_what_came_before_changes_nothing(trained: Tokenizer) -> None:
 
 def test_threads_share_a_table(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "ROOM", 500)
-    monkeypatch.setattr(words, "BLOCK", 300)
+    monkeypatch.setattr(words, "LOOKUP", 300)
     documents = texts()
     expected = trained.encode_documents(documents)
     one = Tokenizer.load(trained.path)

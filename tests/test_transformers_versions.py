@@ -1,6 +1,6 @@
 """Exported folders in each supported transformers: this environment's, and the older ones of `make test-transformers`.
 
-A folder is loaded by an interpreter that has nothing of ours (transformers_probe.py), and everything it gives is compared
+A folder is loaded by an interpreter that has nothing of ours (transformers_probe.py), and all that it gives is compared
 with the model in JAX.
 """
 
@@ -8,12 +8,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import OUTER_ENVIRONMENT, ROOT
@@ -31,12 +31,14 @@ INTERPRETERS = {"installed": Path(sys.executable)} | {
     version: ROOT / f".venv-transformers-{version}" / "bin" / "python" for version in VERSIONS}
 SMALL = ModelConfig(vocab_size=448, embed_dim=48, num_layers=3, num_heads=4, mlp_dim=67, max_length=128, rotary_dim=6,
                     mup_base_width=12, norm_eps=1e-4)
-FOLDERS = {"crystal": ("crystal", True), "stablelm": ("stablelm", False), "llama": ("llama", False),
+FOLDERS = {"crystal": ("crystal", True), "stablelm": ("crystal", False), "llama": ("llama", False),
            "starcoder": ("starcoder", True)}
 """Form to its family's model, and whether its head is tied."""
 TEXTS = ["def f(n):\n    return n * 2  # double\n", "  two spaces", "", "naïve café 語", "<s>x</s>",
          "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>", *(f"total_{i} = {i * 7919}" for i in range(100))]
-LENGTHS = (5, 12, 1, 9, *[12] * 12)
+WIDTH = 12
+LENGTHS = (5, WIDTH, 1, 9, *[WIDTH] * 12)
+"""Tokens of each of 16 prompts that count, the last ones."""
 
 
 @dataclass
@@ -47,8 +49,13 @@ class Case:
     job: dict[str, Any]
 
     def logits(self, ids: Any) -> np.ndarray:
-        params = jax.tree.map(jnp.asarray, self.weights.params)
-        return np.asarray(Crystal(self.weights.model).bind(params)(jnp.asarray(ids, jnp.int32)))
+        """[B, T, V] in JAX."""
+        return np.array(_logits(self.weights.model, self.weights.params, np.asarray(ids, np.int32)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(model: ModelConfig, params: dict[str, Any], ids: jax.Array) -> jax.Array:
+    return Crystal(model).bind(params)(ids)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +63,30 @@ def cases(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ca
     place, rng = tmp_path_factory.mktemp("versions"), np.random.default_rng(0)
     made = {}
     for form, (family, tied) in FOLDERS.items():
-        model = SMALL if form == "crystal" else replace(MODELS["crystal" if form == "stablelm" else family])
+        model = SMALL if form == "crystal" else MODELS[family]
         weights = Checkpoint(drawn(model, 5), model, world / "tokenizer.json" if form == "crystal" else None)
         export.export(weights, form, place / form, max_shard_size=60_000)
-        ids = rng.integers(3, model.vocab_size, (3, 40)).tolist()
-        prompts = rng.integers(3, model.vocab_size, (16, 12)).tolist()
-        made[form] = Case(weights, {"folder": str(place / form), "code": form == "crystal", "tied": tied, "ids": ids,
-                                    "prompts": prompts, "lengths": LENGTHS,
-                                    "texts": TEXTS if form == "crystal" else []})
+        job = {"folder": str(place / form), "code": form == "crystal", "tied": tied,
+               "ids": rng.integers(3, model.vocab_size, (3, 40)).tolist()}
+        if form == "crystal":
+            job |= {"prompts": rng.integers(3, model.vocab_size, (16, WIDTH)).tolist(), "lengths": LENGTHS,
+                    "texts": TEXTS}
+        made[form] = Case(weights, job)
+    if (ROOT.parent / "shared" / "reference").is_dir():
+        made["original"] = original(ROOT.parent / "shared" / "reference", place)
     return made
+
+
+def original(reference: Path, place: Path) -> Case:
+    """The published model in one .bin, imported and exported as crystal; its ids are those of the known logits."""
+    from test_convert_torch import oracle_folder
+
+    published, oracle = oracle_folder(reference, place / "published")
+    params, model, _ = importer.read_torch_folder(published, "llm360")
+    weights = Checkpoint(params, model)
+    export.export(weights, "crystal", place / "original")
+    return Case(weights, {"folder": str(place / "original"), "code": True, "tied": True,
+                          "ids": oracle["input_ids"].tolist()})
 
 
 Found = dict[str, np.ndarray]
@@ -118,21 +140,24 @@ def test_logits_are_those_of_jax(version: str, form: str, found: Callable[[str],
         assert close(values[f"{form}.{kind}"], expected), kind
 
 
+def assert_greedy(logits: np.ndarray, tokens: np.ndarray) -> None:
+    """Each token [B, T] is the most probable of its row of logits [B, T, V]; </s> was forbidden."""
+    chosen = np.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    logits[..., 2] = -np.inf
+    assert np.abs(logits.max(-1) - chosen).max() <= 1e-5
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("version", INTERPRETERS)
 def test_generation_cached_and_uncached(version: str, attention: str, found: Callable[[str], Found],
                                         cases: dict[str, Case]) -> None:
     values, case = found(version), cases["crystal"]
     cached = values[f"crystal.{attention}.generated"]
-    assert cached.shape == (16, 12 + 64)
+    assert cached.shape == (16, WIDTH + 64)
     np.testing.assert_array_equal(cached, values[f"crystal.{attention}.uncached"])
     assert close(values[f"crystal.{attention}.cached_logits"], case.logits(case.job["ids"]))
-    expected = case.logits(cached[:, :-1])[:, 11:]
-    chosen = np.take_along_axis(expected, cached[:, 12:, None], axis=-1)[..., 0]
-    # Each token is the most probable one in JAX; </s> was forbidden.
-    expected[..., 2] = -np.inf
-    assert np.abs(expected.max(-1) - chosen).max() <= 1e-5
-    assert len({tuple(row) for row in cached[:, 12:].tolist()}) > 8, "rows that all say the same would prove little"
+    assert_greedy(case.logits(cached)[:, WIDTH - 1 : -1], cached[:, WIDTH:])
+    assert len({tuple(row) for row in cached[:, WIDTH:].tolist()}) > 8, "rows that all say the same would prove little"
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -141,13 +166,11 @@ def test_left_padded_rows(version: str, attention: str, found: Callable[[str], F
     values, case = found(version), cases["crystal"]
     padded, generated = values[f"crystal.{attention}.padded_logits"], values[f"crystal.{attention}.padded_generated"]
     assert np.isfinite(padded).all()
+    # Without the padding, and filled up on the right, where it changes nothing.
+    expected = case.logits([np.roll(row, length - WIDTH) for row, length in zip(generated, LENGTHS, strict=True)])
     for row, length in enumerate(LENGTHS):
-        text = np.concatenate([case.job["prompts"][row][12 - length :], generated[row, 12:]])[None]
-        expected = case.logits(text)[0]
-        assert close(padded[row, 12 - length :], expected[:length]), row
-        expected[:, 2] = -np.inf
-        chosen = np.take_along_axis(expected[length - 1 : -1], generated[row, 12:, None], axis=-1)[:, 0]
-        assert np.abs(expected[length - 1 : -1].max(-1) - chosen).max() <= 1e-5, row
+        assert close(padded[row, WIDTH - length :], expected[row, :length]), row
+        assert_greedy(expected[row, length - 1 : length + 63], generated[row, WIDTH:])
 
 
 @pytest.mark.parametrize("version", INTERPRETERS)
@@ -160,16 +183,7 @@ def test_the_tokenizer_is_the_tokenizers_librarys(version: str, found: Callable[
 
 
 @pytest.mark.parametrize("version", INTERPRETERS)
-def test_the_original_through_our_form(version: str, reference: Path, tmp_path: Path) -> None:
-    """The published model in one .bin, imported, exported as crystal: the original's own logits."""
-    from test_convert_torch import oracle_folder
-
-    published, oracle = oracle_folder(reference, tmp_path / "published")
-    params, config, _ = importer.read_torch_folder(published, "llm360")
-    export.export(Checkpoint(params, config), "crystal", tmp_path / "crystal")
-    ids = oracle["input_ids"]
-    job = {"folder": str(tmp_path / "crystal"), "code": True, "tied": True, "ids": ids.tolist(),
-           "prompts": np.tile(ids[:1, :12], (16, 1)).tolist(), "lengths": LENGTHS}
-    values = probe(INTERPRETERS[version], {"oracle": job}, tmp_path)
+def test_the_original_through_our_form(version: str, reference: Path, found: Callable[[str], Found]) -> None:
+    expected = np.load(reference / "oracle_tiny_f32.npz")["logits"]
     for kind in ("eager", "sdpa", "again"):
-        assert np.abs(values[f"oracle.{kind}.logits"] - oracle["logits"]).max() <= 1e-5
+        assert np.abs(found(version)[f"original.{kind}.logits"] - expected).max() <= 1e-5

@@ -62,13 +62,14 @@ def padded(ids, lengths):
 
 def probe(folder, job):
     """Name to array, of one folder."""
-    found, ids, prompts = {}, torch.tensor(job["ids"]), torch.tensor(job["prompts"])
+    found, ids = {}, torch.tensor(job["ids"])
     for attention in ("eager", "sdpa"):
         model = load(folder, trust_remote_code=job["code"], attn_implementation=attention)
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == job["tied"]
         found[f"{attention}.logits"] = logits(model, ids)
-        if not job["code"]:
+        if "prompts" not in job:
             continue
+        prompts = torch.tensor(job["prompts"])
         found[f"{attention}.cached_logits"] = cached_logits(model, ids)
         found[f"{attention}.generated"] = generated(model, prompts)
         found[f"{attention}.uncached"] = generated(model, prompts, use_cache=False)

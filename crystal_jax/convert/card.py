@@ -1,9 +1,11 @@
 """The files beside the weights of an exported folder: config.json, generation, tokenizer and the model card.
 
-All of them are pure functions of the checkpoint and the command, so the same export writes the same bytes.
+All of them are pure functions of the checkpoint and the command, so the same export writes the same bytes; what the
+parity gate measured is added to the card later (parity.py).
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,13 +14,17 @@ from typing import Any
 from crystal_jax.convert.made import Made, Weights
 from crystal_jax.errors import UserError
 
-ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+ROLES = ({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+         dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
+"""Role to its token: in the tokenizers of Crystal and Llama, and in StarCoder's."""
 
 
 @dataclass(frozen=True)
 class Special:
     """The tokens of a tokenizer.json that have a meaning of their own."""
 
+    roles: dict[str, str]
+    """One of ROLES."""
     ids: dict[str, int]
     """Role (bos_token, ...) to id."""
     tokens: list[dict[str, Any]]
@@ -31,7 +37,9 @@ def companion_files(weights: Weights, made: Made, dtype: str, command: str) -> d
     Raises:
       UserError: a tokenizer that isn't the model's.
     """
-    files: dict[str, bytes] = {}
+    files = {"README.md": card(weights, made, dtype, command).encode()}
+    if not made.config:
+        return files
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     if weights.tokenizer is not None:
         content = _read(weights.tokenizer)
@@ -39,11 +47,10 @@ def companion_files(weights: Weights, made: Made, dtype: str, command: str) -> d
         ids = {f"{role}_id": special.ids[role] for role in ("bos_token", "eos_token")}
         files["tokenizer.json"] = content
         files["tokenizer_config.json"] = _json(tokenizer_config(special, weights.model.max_length))
-        files["special_tokens_map.json"] = _json(ROLES | _others(special))
-    config = made.config | ids | {"torch_dtype": dtype}
-    files["config.json"] = _json(config)
-    files["generation_config.json"] = _json({"_from_model_config": True, **ids, "pad_token_id": ids["eos_token_id"]})
-    files["README.md"] = card(weights, made, dtype, command).encode()
+        files["special_tokens_map.json"] = _json(special.roles | _others(special))
+    pad = {"pad_token_id": ids["eos_token_id"]}
+    files["config.json"] = _json(made.config | ids | {"torch_dtype": dtype})
+    files["generation_config.json"] = _json({"_from_model_config": True, **ids, **pad})
     if made.ships_code:
         for name in made.code_files:
             files[name] = (resources.files("crystal_jax.convert") / name).read_bytes()
@@ -69,18 +76,19 @@ def _special_tokens(path: Path, content: bytes, vocab_size: int) -> Special:
         used = 1 + max([*by_text.values(), *vocab.values()])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error!r})") from None
-    for text in ROLES.values():
-        if text not in by_text:
-            raise UserError(f"{path}: has no special token {text}, which every Crystal tokenizer has")
+    roles = next((roles for roles in ROLES if set(roles.values()) <= by_text.keys()), None)
+    if roles is None:
+        raise UserError(f"{path}: has neither the special tokens <s>, </s> and <unk> nor <|endoftext|>; a tokenizer of "
+                        "these families has the one or the other")
     if used > vocab_size:
         raise UserError(f"{path}: has {used} ids, but the model's vocabulary {vocab_size}; not this model's tokenizer")
-    return Special({role: by_text[text] for role, text in ROLES.items()}, tokens)
+    return Special(roles, {role: by_text[text] for role, text in roles.items()}, tokens)
 
 
 def _others(special: Special) -> dict[str, list[str]]:
-    roles = set(ROLES.values())
     return {"additional_special_tokens": [
-        token["content"] for token in special.tokens if token["special"] and token["content"] not in roles
+        token["content"] for token in special.tokens
+        if token["special"] and token["content"] not in special.roles.values()
     ]}
 
 
@@ -91,7 +99,7 @@ def tokenizer_config(special: Special, max_length: int) -> dict[str, Any]:
     }
     return {
         "added_tokens_decoder": decoder,
-        **ROLES,
+        **special.roles,
         **_others(special),
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
@@ -103,36 +111,61 @@ def tokenizer_config(special: Special, max_length: int) -> dict[str, Any]:
 def card(weights: Weights, made: Made, dtype: str, command: str) -> str:
     """README.md: what the folder holds, where it comes from, how to load it, what isn't known about it."""
     info, model = weights.info, weights.model
-    name = info.get("name") or "Crystal checkpoint"
-    rows = [(label, _shown(info.get(key))) for key, label in RECORD.items() if info.get(key) is not None]
-    per_source = info.get("tokens_per_source") or {}
-    rows += [(f"Tokens of {source}", _shown(count)) for source, count in per_source.items()]
-    table = "| | |\n|---|---|\n" + "\n".join(f"| {label} | {value} |" for label, value in rows)
+    architecture, library = ARCHITECTURES[model.family], "gguf" if made.form == "gguf" else "transformers"
     shape = (
         f"{model.num_layers} layers, width {model.embed_dim}, {model.num_heads} heads of {model.head_dim}, "
         f"MLP inner size {model.mlp_dim}, context {model.max_length}, {model.vocab_size} vocabulary rows, "
         f"weights in {dtype}"
     )
+    record, heldout = _record(info), info.get("heldout")
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
-        f"# {name}",
-        f"A base language-and-code model of the Crystal architecture: {shape}.",
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n---",
+        f"# {info.get('name') or 'Crystal checkpoint'}",
+        f"A base language-and-code model of the {architecture} architecture: {shape}.",
         "## Where it stands in training",
-        table if rows else "The checkpoint has no record of its training.",
+        _table(("", ""), record) if record else "The checkpoint has no record of its training.",
         f"Made with:\n\n```\n{command}\n```" if command else "",
+        "## Evaluation",
+        _table(("Held-out text", "Loss in nats per token", "Tokens"),
+               [(domain, _shown(found["loss"]), _shown(found["tokens"])) for domain, found in heldout.items()])
+        if heldout else "The checkpoint has no evaluation of this step on record.",
         "## Loading",
-        USAGE,
-        f"The model's code is {made.code_files[0]}; read it before you trust it." if made.ships_code else LLM360_NOTE,
-        TOKENIZER_NOTE if weights.tokenizer is not None else "The checkpoint names no tokenizer, so none is here.",
+        USAGE[made.form],
+        _tokenizer_note(weights, made),
         "## What to know",
         HONEST,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _tokenizer_note(weights: Weights, made: Made) -> str:
+    if not made.config:
+        return ""
+    return TOKENIZER_NOTE if weights.tokenizer is not None else "The checkpoint names no tokenizer, so none is here."
+
+
+def _record(info: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Lines of the table of training: what is known of RECORD, and the data."""
+    rows: list[tuple[str, ...]] = [
+        (label, _shown(info[key])) for key, label in RECORD.items() if info.get(key) is not None]
+    rows += [(f"Tokens of {source}", _shown(count)) for source, count in (info.get("tokens_per_source") or {}).items()]
+    phases = (info.get("config") or {}).get("phases") or []
+    mix: dict[str, float] = next((phase["mix"] for phase in phases if phase["name"] == info.get("phase")), {})
+    if mix:
+        rows.append(("Data of the phase", ", ".join(f"{source} {share:.3g}" for source, share in mix.items())))
+    return rows
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
+
+ARCHITECTURES = {"crystal": "Crystal", "llama": "Llama 2", "starcoder": "StarCoder (gpt_bigcode)"}
 
 RECORD = {
     "phase": "Phase",
@@ -145,19 +178,41 @@ RECORD = {
 }
 """Key of a checkpoint's info to its line in the card."""
 
-USAGE = """```python
+WITH_CODE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
 ```
 
 Transformers 4 loads the weights in float32 unless from_pretrained is given `torch_dtype="auto"`."""
 
-LLM360_NOTE = """The tensors and config.json have LLM360's published names. The two code files that config.json names,
+NATIVE = WITH_CODE.replace(", trust_remote_code=True", "") + """
+
+No code comes with the weights: transformers and the serving engines that know `{model_type}` load them as they are."""
+
+USAGE = {
+    "crystal": f"{WITH_CODE} The model's code is modeling_crystal.py; read it before you trust it.",
+    "llm360": f"""{WITH_CODE}
+
+The tensors and config.json have LLM360's published names. The two code files that config.json names,
 configuration_crystalcoder.py and modeling_crystalcoder.py, are LLM360's and not part of this export: put them here from
 LLM360's own release. That code runs with transformers 4.46; it fails to import in 5.x, where the form `crystal` is the
-one to use."""
+one to use.""",
+    "stablelm": NATIVE.format(model_type="stablelm") + """
+
+This is the same model, written as a StableLM: a few channels and heads wider, with the biases that StableLM lacks as
+columns of its matrices. It computes the same logits, and can't be turned back.""",
+    "llama": NATIVE.format(model_type="llama"),
+    "starcoder": NATIVE.format(model_type="gpt_bigcode"),
+    "gguf": """```
+llama-cli --model this/folder/model.gguf --prompt "def main(" --n-predict 64
+```
+
+One file for llama.cpp and what builds on it, with the tokenizer inside, which puts `<s>` in front of a prompt. To
+llama.cpp the model is a StableLM.""",
+}
+"""How each form is loaded."""
 
 TOKENIZER_NOTE = """The tokenizer adds no `<s>`. Documents in training began with it, so put it in front of a prompt
 yourself. There is no padding token: for batches set `tokenizer.pad_token = tokenizer.eos_token` and
@@ -165,5 +220,5 @@ yourself. There is no padding token: for batches set `tokenizer.pad_token = toke
 
 HONEST = """These are weights after pretraining, or from the midst of it. They haven't been tuned to follow instructions
 or filtered for safety, and they repeat what their data says, true or not. Code that the model writes must be reviewed
-before it is run. This card was filled in from the checkpoint's own record; nothing in it was measured by an evaluation.
+before it is run. This card was filled in from the checkpoint's own record; its only evaluation is the one above.
 No license is stated here, since it is the owner's to choose."""

@@ -1,23 +1,21 @@
 """JAX → PyTorch: a checkpoint as a folder that transformers can load.
 
-A folder appears whole or not at all: it is written beside its place, read back bit by bit, then renamed.
+A folder appears whole or not at all: it is written beside its place, read back bit by bit, its logits compared with
+the checkpoint's (parity.py), then renamed.
 """
 
 import errno
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crystal_jax.config import nearest
+from crystal_jax.convert import parity
 from crystal_jax.convert.card import companion_files
-from crystal_jax.convert.forms import FORMS
-from crystal_jax.convert.made import MAX_SHARD_SIZE, Made, Make, Options, Weights, moved
+from crystal_jax.convert.made import MAX_SHARD_SIZE, Made, Options, Weights
+from crystal_jax.convert.makers import MAKERS
 from crystal_jax.errors import UserError
-
-MAKERS: dict[str, Make] = {name: partial(moved, form) for name, form in FORMS.items()}
-"""Form to the function that makes it of a checkpoint."""
 
 
 def export(
@@ -30,7 +28,7 @@ def export(
     heads: int | None = None,
     command: str = "",
 ) -> dict[str, Any]:
-    """Writes the checkpoint as a folder in the form `to`, checks it, and returns a summary.
+    """Writes the checkpoint as a folder in the form `to`, checks it, and returns a summary with what the check found.
 
     `dtype` is that of the stored tensors (float32, bfloat16 or float16), by default the checkpoint's; a shard has at
     most `max_shard_size` bytes; `heads` is for the forms that widen the model; `command` is quoted in the model card.
@@ -38,30 +36,37 @@ def export(
 
     Raises:
       UserError: parameters that aren't the model's, values that aren't finite, an output folder with other things in
-        it, a full disk.
+        it, a full disk, logits that aren't the checkpoint's.
     """
-    made = _make(weights, to, Options(dtype, max_shard_size, heads))
-    companions = companion_files(weights, made, made.dtype, command)
+    made, companions = make(weights, to, Options(dtype, max_shard_size, heads), command)
     output = Path(output)
     unchanged = output.exists() and not _is_empty(output)
     if unchanged:
-        _check_same(made, companions, output)
+        found = _check_same(made, companions, output)
     else:
         try:
-            _write(made, companions, output)
+            found = _write(made, weights, companions, output)
         except OSError as error:
             full = "; free some space, or choose another disk" if error.errno == errno.ENOSPC else ""
             raise UserError(f"{output}: can't be written: {error.strerror}{full}") from None
     return {"output": str(output), "form": made.form, "dtype": made.dtype, "tensors": len(made.storage.names),
-            "bytes": made.storage.nbytes, "files": sorted([*made.storage.files, *companions]), "unchanged": unchanged}
+            "bytes": made.storage.nbytes,
+            "files": sorted([*made.storage.files, *companions, parity.FILE]),
+            "unchanged": unchanged, "parity": found}
 
 
-def _make(weights: Weights, to: str, options: Options) -> Made:
+def make(weights: Weights, to: str, options: Options, command: str) -> tuple[Made, dict[str, bytes]]:
+    """What an export would write: its tensors, not yet computed, and the files beside them.
+
+    Raises:
+      UserError: a form or an option that doesn't fit the model; a tokenizer that isn't the model's.
+    """
     if to not in MAKERS:
         raise UserError(f"--to={to}: no such form{nearest(to, MAKERS)}")
     if options.max_shard_size < 1:
         raise UserError(f"--max_shard_size={options.max_shard_size}: must be above 0 bytes")
-    return MAKERS[to](weights, options)
+    made = MAKERS[to](weights, options)
+    return made, companion_files(weights, made, made.dtype, command)
 
 
 def _is_empty(output: Path) -> bool:
@@ -70,39 +75,45 @@ def _is_empty(output: Path) -> bool:
     return next(output.iterdir(), None) is None
 
 
-def _check_same(made: Made, companions: dict[str, bytes], output: Path) -> None:
-    """Refuses a folder that holds anything but this export."""
+def _check_same(made: Made, companions: dict[str, bytes], output: Path) -> dict[str, Any]:
+    """Refuses a folder that holds anything but this export; returns what its check found."""
     way_out = "choose another --output, or delete the folder"
-    expected = {*made.storage.files, *companions}
+    expected = {*made.storage.files, *companions, parity.FILE}
     found = {path.name for path in output.iterdir()}
     if missing := sorted(expected - found):
         raise UserError(f"{output}: not empty, and without {missing[0]} it isn't this export; {way_out}")
     if extra := sorted(found - expected - set(made.code_files)):
         raise UserError(f"{output}: not empty, and {extra[0]} isn't part of this export; {way_out}")
-    for name, content in companions.items():
+    checked = parity.read(output)
+    for name, content in (companions | parity.files(checked, companions["README.md"])).items():
         if (output / name).read_bytes() != content:
             raise UserError(f"{output / name}: exists and differs from what this export would write; {way_out}")
     if problem := made.storage.difference(output):
         raise UserError(f"{output}: exists, and {problem}; {way_out}")
+    return checked
 
 
-def _write(made: Made, companions: dict[str, bytes], output: Path) -> None:
-    """Writes beside `output`, reads back, renames."""
+def _write(made: Made, weights: Weights, companions: dict[str, bytes], output: Path) -> dict[str, Any]:
+    """Writes beside `output`, reads back, compares logits, renames; returns what that found."""
     place = Path(os.path.abspath(output))
     place.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place.parent).free
     if free < made.storage.nbytes:
         raise UserError(f"{place.parent}: {free:,} bytes free, {made.storage.nbytes:,} needed; free some space, or "
                         "choose another disk")
-    partial = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
-    partial.mkdir()
+    unfinished = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
+    unfinished.mkdir()
     try:
-        made.storage.write(partial)
+        made.storage.write(unfinished)
         for name, content in companions.items():
-            (partial / name).write_bytes(content)
-        if problem := made.storage.difference(partial):
+            (unfinished / name).write_bytes(content)
+        if problem := made.storage.difference(unfinished):
             raise UserError(f"{output}: read back after writing, {problem}; the disk or the memory is at fault")
-        os.replace(partial, place)
+        checked = parity.check(made.form, unfinished, weights)
+        for name, content in parity.files(checked, companions["README.md"]).items():
+            (unfinished / name).write_bytes(content)
+        os.replace(unfinished, place)
+        return checked
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -101,7 +101,7 @@ def write_tensor(params: dict[str, np.ndarray], tensor: Tensor, model: ModelConf
     ends = np.cumsum(_widths(tensor, model))
     for leaf, part in zip(tensor.leaves, np.split(matrix, ends[:-1], axis=-1), strict=True):
         target = params[leaf] if tensor.layer is None else params[leaf][tensor.layer]
-        target[...] = part.reshape(target.shape)
+        target.reshape(part.shape)[...] = part  # a view: the leaf's own order of values
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -153,15 +153,18 @@ def make_config(form: Form, model: ModelConfig) -> dict[str, Any]:
                         f"{form.family!r}; use --to={model.family}")
     model = replace(model, num_kv_heads=model.kv_heads)
     usual = replace(ModelConfig(), num_kv_heads=model.num_heads)
-    said = {*form.config_keys, "family", "init_std", *(("mup_base_width",) if form.width_scale_key else ())}
+    said = {*form.config_keys, *form.config_choices, "family", "init_std",
+            *(("mup_base_width",) if form.width_scale_key else ())}
     for name in (item.name for item in fields(model) if item.name not in said):
-        value, always = getattr(model, name), form.implied[name](model) if name in form.implied else getattr(usual, name)
+        value = getattr(model, name)
+        always = form.implied[name](model) if name in form.implied else getattr(usual, name)
         if value != always:
             way_out = "; use --to=crystal" if form.name == "llm360" else ""
             raise UserError(f"model.{name}: {value!r} can't be said in the form {form.name}, where it is always "
                             f"{always!r}{way_out}")
     config: dict[str, Any] = {"architectures": [form.architecture], "model_type": form.model_type}
     config |= {key: getattr(model, name) for name, key in form.config_keys.items()}
+    config |= {key: names[getattr(model, name)] for name, (key, names) in form.config_choices.items()}
     if form.width_scale_key:
         config[form.width_scale_key] = model.width_scale
     if form.logit_scale_key:
@@ -186,6 +189,12 @@ def parse_config(form: Form, config: dict[str, Any], where: str) -> ModelConfig:
     kinds: dict[str, Callable[[Any], Any]] = {item.name: type(item.default) for item in fields(ModelConfig)}
     kinds["num_kv_heads"] = int
     values = {name: _number(config, key, kinds[name], where) for name, key in form.config_keys.items()}
+    for name, (key, names) in form.config_choices.items():
+        chosen = [value for value, said in names.items() if said == config.get(key)]
+        if not chosen:
+            raise UserError(f"{where}: {key} is {config.get(key)!r}; this model has one of "
+                            f"{', '.join(map(repr, names.values()))}")
+        values[name] = chosen[0]
     if form.width_scale_key:
         scale = _number(config, form.width_scale_key, float, where)
         width = round(scale * values["embed_dim"])

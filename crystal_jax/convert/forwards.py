@@ -5,7 +5,9 @@ float32 and a block of rows at a time. The invariant: no table of the conversion
 can't hide itself. Dims: T tokens, D width of the stream, N heads, K heads of keys and values, H size of a head.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +213,8 @@ class StarCoder(Forward):
         mixed = attend(heads(q, c["n_head"]), heads(k, 1), heads(v, 1), head**-0.5)
         h_TD = h_TD + self.linear(mixed, at + "attn.c_proj")
         x = self.layer_norm(h_TD, at + "ln_2", c["layer_norm_epsilon"])
-        return h_TD + self.linear(gelu(self.linear(x, at + "mlp.c_fc")), at + "mlp.c_proj")
+        activation = gelu if c["activation_function"] == "gelu" else tanh_gelu
+        return h_TD + self.linear(activation(self.linear(x, at + "mlp.c_fc")), at + "mlp.c_proj")
 
     def logits(self, h_TD: np.ndarray) -> np.ndarray:
         x = self.layer_norm(h_TD, "transformer.ln_f", self.config["layer_norm_epsilon"])
@@ -266,6 +269,11 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
+    """x times the normal distribution's share below x."""
+    return np.float32(0.5) * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x * np.float32(0.5**0.5)))
+
+
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
     """In its tanh form (gelu_pytorch_tanh)."""
     return np.float32(0.5) * x * (1 + np.tanh(np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x**3)))
 
@@ -314,5 +322,5 @@ def open_gguf(path: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]
     for tensor in reader.tensors:
         *layer, name, kind = tensor.name.removeprefix("blk.").split(".")
         name = f"model.layers.{layer[0]}.{GGUF_LAYER_NAMES[name]}" if layer else GGUF_NAMES[name]
-        tensors[f"{name}.{kind}"] = lambda tensor=tensor: _Quantised(tensor)
+        tensors[f"{name}.{kind}"] = partial(_Quantised, tensor)
     return tensors, {key: value(theirs) for key, theirs in GGUF_KEYS.items()}

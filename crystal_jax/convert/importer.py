@@ -1,6 +1,14 @@
-"""PyTorch → JAX: a published folder as parameters, bit for bit, or as a checkpoint that training can start from."""
+"""PyTorch → JAX: a published folder as parameters, bit for bit, or as a checkpoint that training can start from.
+
+Tensors go from the mapped files of the folder straight into their places, which an import maps from files beside its
+output: no more than one tensor is in memory.
+"""
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +31,62 @@ from crystal_jax.convert.forms import (
     write_tensor,
 )
 from crystal_jax.errors import UserError
+from crystal_jax.stream import locked, new_file
+
+BRANCH = re.compile(r"CrystalCoder_(phase\d+)_checkpoint_(\d{6})")
+"""Name of a published checkpoint's branch: its phase, and its step in the phase."""
+BLOCK = 1 << 22
+"""Values that are looked at together."""
+
+New = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
+"""(leaf, shape, dtype) to an array for it."""
 
 
-def read_torch_folder(folder: Path, form: str) -> tuple[Params, ModelConfig, Path | None]:
+def read_torch_folder(folder: Path, form: str, new: New | None = None) -> tuple[Params, ModelConfig, Path | None]:
     """(parameters in their stored dtype, the model, tokenizer.json where there is one) of a folder in a known form.
 
-    Buffers of attention masks and a second copy of the tied head are passed over.
+    Buffers of attention masks and a second copy of the tied head are passed over. `new` makes the arrays that are
+    filled, in memory unless it is given.
 
     Raises:
-      UserError: a file that is missing or damaged; a tensor that is missing, unknown, misshapen, not finite; a head
-        that isn't the embedding.
+      UserError: a file that is missing or damaged; a tensor that is missing, unknown, misshapen, not finite or of
+        another dtype than the rest; a head that isn't the embedding; a tokenizer with more ids than the model has rows.
     """
     table, folder = get_form(form, "--from"), Path(folder)
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; --input must be a folder with config.json and weights") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    model = parse_config(table, config, str(path))
+    model = parse_config(table, _read_json(path, "--input must be a folder with config.json and weights"), str(path))
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.exists():
+        _check_tokenizer(tokenizer, model)
     readers = open_tensors(folder)
     _check_names(table, model, readers, folder)
-    params = _read_params(table, model, readers, folder)
-    tokenizer = folder / "tokenizer.json"
+    params = _read_params(table, model, readers, folder, new or _in_memory)
     return unflatten(params), model, tokenizer if tokenizer.exists() else None
+
+
+def _read_json(path: Path, rule: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {rule}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a JSON object")
+    return data
+
+
+def _check_tokenizer(path: Path, model: ModelConfig) -> None:
+    data = _read_json(path, "fetch it again")
+    try:
+        vocab = data["model"]["vocab"]  # an object, or for Unigram a list of pieces
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        used = 1 + max([*ids, *(token["id"] for token in data.get("added_tokens") or [])])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error!r}); fetch it again") from None
+    if used > model.vocab_size:
+        raise UserError(f"{path}: has {used} ids, but config.json says {model.vocab_size} rows; it is another model's "
+                        "tokenizer: replace it, or take it away")
 
 
 def _check_names(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path) -> None:
@@ -61,26 +98,69 @@ def _check_names(form: Form, model: ModelConfig, readers: dict[str, Reader], fol
                         f"{form.name}; is it the right --from?")
 
 
-def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path) -> dict[str, np.ndarray]:
+def _in_memory(leaf: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.empty(shape, dtype)
+
+
+def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path,
+                 new: New) -> dict[str, np.ndarray]:
     params: dict[str, np.ndarray] = {}
+    first, dtype = form.tensors[0].name, readers[form.tensors[0].name]().dtype
     for tensor in tensors(form, model):
-        values = readers[tensor.name]()
-        shape = tensor_shape(tensor, model)
+        values, shape = readers[tensor.name](), tensor_shape(tensor, model)
         if values.shape != shape:
             raise UserError(f"{folder}: the tensor {tensor.name} has shape {values.shape}, config.json says {shape}")
         if values.dtype.name not in DTYPES:
             raise UserError(f"{folder}: the tensor {tensor.name} is {values.dtype}, not one of {', '.join(DTYPES)}")
-        if not np.isfinite(values).all():
+        if values.dtype != dtype:
+            raise UserError(f"{folder}: the tensor {tensor.name} is {values.dtype.name}, but {first} is {dtype.name}; "
+                            "save the weights in one dtype")
+        if not _all_finite(values):
             raise UserError(f"{folder}: the tensor {tensor.name} has values that are NaN or inf")
         for leaf in tensor.leaves:
-            target = params.setdefault(leaf, np.empty(leaf_shape(leaf, model), values.dtype))
-            if target.dtype != values.dtype:
-                raise UserError(f"{folder}: the tensor {tensor.name} is {values.dtype.name}, but in other layers it is "
-                                f"{target.dtype.name}")
+            if leaf not in params:
+                params[leaf] = new(leaf, leaf_shape(leaf, model), dtype)
         write_tensor(params, tensor, model, values)
     if form.head in readers and not same_bits(readers[form.head](), params["embed"]):
-        raise UserError(f"{folder}: {form.head} differs from {form.tensors[0].name}; this model's head is tied to it")
+        raise UserError(f"{folder}: {form.head} differs from {first}; this model's head is tied to it")
     return {leaf: params[leaf] for leaf in leaves(model)}
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    flat = values.reshape(-1)
+    return all(np.isfinite(flat[start : start + BLOCK]).all() for start in range(0, flat.size, BLOCK))
+
+
+def import_all(form: str, folder: Path, output: Path) -> Iterator[dict[str, Any]]:
+    """Imports a folder, or each folder in it that is named as a published branch; gives a summary of each.
+
+    A branch becomes OUTPUT/phaseP/step_NNNNNN; one that is there already is passed over.
+
+    Raises:
+      UserError: as import_checkpoint; a checkpoint there that is another branch's.
+    """
+    folder, output = Path(folder), Path(output)
+    branches = {} if (folder / "config.json").exists() else _branches(folder)
+    if not branches:
+        yield import_checkpoint(form, folder, output)
+    for name, path in branches.items():
+        place = output / name
+        if not (place / "checkpoint.json").exists():
+            yield import_checkpoint(form, path, place)
+            continue
+        found = _read_json(place / "checkpoint.json", "").get("name")
+        if found != path.name:
+            raise UserError(f"{place}: is {found}, not {path.name}; choose another --output, or delete it")
+        yield {"output": str(place), "passed_over": True}
+
+
+def _branches(folder: Path) -> dict[str, Path]:
+    """Name of a checkpoint to the folder of its branch, in the order of training."""
+    found = {}
+    for path in sorted(folder.glob("*/")):
+        if match := BRANCH.fullmatch(path.name):
+            found[f"{match[1]}/step_{match[2]}"] = path
+    return found
 
 
 def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:
@@ -89,15 +169,30 @@ def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:
     Raises:
       UserError: as read_torch_folder; an output that holds something already, or can't be written.
     """
-    output = Path(output)
+    folder, output = Path(folder), Path(output)
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise UserError(f"{output}: exists; choose another --output, or delete it")
     from crystal_jax.checkpoint import save_weights
 
-    params, model, tokenizer = read_torch_folder(folder, form)
-    unknown = dict.fromkeys(("phase", "phase_step", "step", "tokens", "lr", "plan_hash"))
-    info: dict[str, Any] = {"name": Path(folder).resolve().name, "imported_from": f"{folder} ({form})", **unknown,
-            "tokens_per_source": {}, "config": {}}
-    save_weights(output, params, model, tokenizer, info)
+    place = Path(os.path.abspath(output))
+    scratch = place.with_name(f".{place.name}.scratch")
+    with locked(scratch):
+        try:
+            params, model, tokenizer = read_torch_folder(
+                folder, form, lambda leaf, shape, dtype: new_file(scratch / leaf, shape, dtype))
+            save_weights(output, params, model, tokenizer, _info(form, folder))
+        except OSError as error:
+            raise UserError(f"{output}: can't be written: {error.strerror}") from None
+        finally:
+            shutil.rmtree(scratch)
     return {"output": str(output), "form": form, "dtype": params["embed"].dtype.name,
             "tokenizer": str(tokenizer) if tokenizer else None}
+
+
+def _info(form: str, folder: Path) -> dict[str, Any]:
+    """What is known of where the checkpoint stands: a published branch says its phase and the step in it."""
+    name = folder.resolve().name
+    branch = BRANCH.fullmatch(name)
+    place = {"phase": branch[1], "phase_step": int(branch[2])} if branch else {"phase": None, "phase_step": None}
+    return {"name": name, "imported_from": f"{folder} ({form})", **place,
+            **dict.fromkeys(("step", "tokens", "lr", "plan_hash")), "tokens_per_source": {}, "config": {}}

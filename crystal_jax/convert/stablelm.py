@@ -1,7 +1,7 @@
 """Crystal as StableLM, which serving engines know: the same function from a wider model without most biases.
 
-StableLM has no bias on the attention output and in the MLP, scores divided by sqrt(head_dim), rotary pairs in halves and
-an output matrix of its own. The stream gets whole heads of further channels, all zero, and with them one constant:
+StableLM has no biases on the attention output and in the MLP, divides scores by sqrt(head_dim), rotates the halves of a
+head against each other and has an output matrix of its own. The stream gets whole heads of further channels, all zero:
 
 - What writes to the stream is centred, so that its mean stays 0 and further zeros only rescale the variance: d / d',
   taken back by each norm's eps and scale.
@@ -20,6 +20,9 @@ import numpy as np
 
 from crystal_jax.config import ModelConfig
 from crystal_jax.convert.computed import Computed
+from crystal_jax.convert.folder import Safetensors
+from crystal_jax.convert.forms import DTYPES, check_params
+from crystal_jax.convert.made import Made, Options, Weights, stored_dtype
 from crystal_jax.errors import UserError
 
 FURTHER_HEADS = 2
@@ -51,6 +54,19 @@ class Widened:
         return self.model.embed_dim / self.embed_dim
 
 
+def make(weights: Weights, options: Options) -> Made:
+    """The form stablelm of a checkpoint.
+
+    Raises:
+      UserError: as widen; parameters that aren't the model's.
+    """
+    wide = widen(weights.model, options.heads)
+    params = check_params(weights.params, weights.model, "the checkpoint")
+    dtype = stored_dtype(params, options.dtype)
+    storage = Safetensors(make_tensors(params, wide), DTYPES[dtype], options.max_shard_size)
+    return Made("stablelm", dtype, storage, make_config(wide))
+
+
 def widen(model: ModelConfig, heads: int | None) -> Widened:
     """The sizes for a number of heads, by default two more than the model has.
 
@@ -61,8 +77,8 @@ def widen(model: ModelConfig, heads: int | None) -> Widened:
         raise UserError(f"model.family: {model.family} can't be said in the form stablelm, which is for crystal; use "
                         f"--to={model.family}")
     if not model.rotary_dim:
-        raise UserError("model.rotary_dim: 0 can't be said in the form stablelm, which rotates a part of each head; use "
-                        "--to=crystal")
+        raise UserError("model.rotary_dim: 0 can't be said in the form stablelm, which rotates a part of each head; "
+                        "use --to=crystal")
     heads = model.num_heads + FURTHER_HEADS if heads is None else heads
     if heads <= model.num_heads:
         raise UserError(f"--heads={heads}: must be above the model's {model.num_heads}; a further head holds what "
@@ -104,42 +120,41 @@ def make_config(wide: Widened) -> dict[str, Any]:
 
 def make_tensors(params: dict[str, np.ndarray], wide: Widened) -> dict[str, Computed]:
     """Tensor name to its values, in file order, from flat parameters (`forms.check_params`)."""
-    model, embed = wide.model, params["embed"]
-    shape = (model.vocab_size, wide.embed_dim)
-    found = {"model.embed_tokens.weight": Computed(shape, partial(_embedding, embed, wide))}
-    for layer in range(model.num_layers):
-        leaves = {leaf.removeprefix("layers."): params[leaf][layer] for leaf in params if leaf.startswith("layers.")}
-        prefix = f"model.layers.{layer}."
-        found |= {prefix + name: tensor for name, tensor in _layer(leaves, wide).items()}
-    norm = {name: params[f"final_norm.{name}"] for name in ("scale", "bias")}
-    found |= _norm("model.norm", norm["scale"], norm["bias"], wide)
-    return found | {"lm_head.weight": Computed(shape, partial(_output, embed, wide))}
+    shape = (wide.model.vocab_size, wide.embed_dim)
+    found = {"model.embed_tokens.weight": Computed(shape, partial(_embedding, params["embed"], wide), "embed")}
+    for layer in range(wide.model.num_layers):
+        leaves = {leaf: values[layer] for leaf, values in params.items() if leaf.startswith("layers.")}
+        found |= {f"model.layers.{layer}.{name}": tensor for name, tensor in _layer(leaves, wide).items()}
+    found |= _norm("model.norm", params, "final_norm", wide)
+    return found | {"lm_head.weight": Computed(shape, partial(_output, params["embed"], wide), "embed")}
 
 
 def _layer(leaves: dict[str, np.ndarray], wide: Widened) -> dict[str, Computed]:
     D, F = wide.embed_dim, wide.mlp_dim
-    found = _norm("input_layernorm", leaves["attn_norm.scale"], leaves["attn_norm.bias"], wide)
-    for name in "qkv":
-        found[f"self_attn.{name}_proj.weight"] = _projection(leaves, name, wide)
-    found["self_attn.o_proj.weight"] = _linear(leaves, "attn.o", (D, D), centred=True)
-    found |= _norm("post_attention_layernorm", leaves["mlp_norm.scale"], leaves["mlp_norm.bias"], wide)
-    found["mlp.gate_proj.weight"] = _linear(leaves, "mlp.gate", (F, D), one=GATE)
-    found["mlp.up_proj.weight"] = _linear(leaves, "mlp.up", (F, D), one=1 / GATE)
-    found["mlp.down_proj.weight"] = _linear(leaves, "mlp.down", (D, F), centred=True)
-    return found
+    return {
+        **_norm("input_layernorm", leaves, "layers.attn_norm", wide),
+        "self_attn.q_proj.weight": _projection(leaves, "q", wide),
+        "self_attn.k_proj.weight": _projection(leaves, "k", wide),
+        "self_attn.v_proj.weight": _projection(leaves, "v", wide),
+        "self_attn.o_proj.weight": _linear(leaves, "layers.attn.o", (D, D), centred=True),
+        **_norm("post_attention_layernorm", leaves, "layers.mlp_norm", wide),
+        "mlp.gate_proj.weight": _linear(leaves, "layers.mlp.gate", (F, D), one=GATE),
+        "mlp.up_proj.weight": _linear(leaves, "layers.mlp.up", (F, D), one=1 / GATE),
+        "mlp.down_proj.weight": _linear(leaves, "layers.mlp.down", (D, F), centred=True),
+    }
 
 
-def _norm(name: str, scale: np.ndarray, bias: np.ndarray, wide: Widened) -> dict[str, Computed]:
-    def widened(values: np.ndarray, factor: float, last: float, start: int, stop: int) -> np.ndarray:
-        whole = np.zeros(wide.embed_dim)
-        whole[: values.size] = values
-        whole *= factor
-        whole[-1] = last
-        return whole[start:stop]
+def _norm(name: str, leaves: dict[str, np.ndarray], leaf: str, wide: Widened) -> dict[str, Computed]:
+    def widened(part: str, factor: float, last: float, start: int, stop: int) -> np.ndarray:
+        values = np.zeros(wide.embed_dim)
+        values[: wide.model.embed_dim] = leaves[part]
+        values *= factor
+        values[-1] = last
+        return values[start:stop]
 
-    shape = (wide.embed_dim,)
-    return {f"{name}.weight": Computed(shape, partial(widened, scale, math.sqrt(wide.share), 0.0)),
-            f"{name}.bias": Computed(shape, partial(widened, bias, 1.0, 1.0))}
+    parts = {"weight": (f"{leaf}.scale", math.sqrt(wide.share), 0.0), "bias": (f"{leaf}.bias", 1.0, 1.0)}
+    return {f"{name}.{kind}": Computed((wide.embed_dim,), partial(widened, *part), part[0])
+            for kind, part in parts.items()}
 
 
 def _projection(leaves: dict[str, np.ndarray], name: str, wide: Widened) -> Computed:
@@ -154,13 +169,14 @@ def _projection(leaves: dict[str, np.ndarray], name: str, wide: Widened) -> Comp
     order = (heads[:, None] * model.head_dim + dims).reshape(-1)
     # The form divides scores by sqrt(head_dim), the model by head_dim.
     factor = model.head_dim ** (0.5 - model.choices.attention_power) if name == "q" else 1.0
-    return _linear(leaves, f"attn.{name}", (wide.embed_dim, wide.embed_dim), order=order, factor=factor,
+    return _linear(leaves, f"layers.attn.{name}", (wide.embed_dim, wide.embed_dim), order=order, factor=factor,
                    one=1.0 if name == "v" else 0.0)
 
 
 def _linear(leaves: dict[str, np.ndarray], leaf: str, shape: tuple[int, int], **how: Any) -> Computed:
     bias = leaves[f"{leaf}_bias"].reshape(-1)
-    return Computed(shape, _Linear(leaves[leaf].reshape(-1, bias.size), bias, shape, **how).rows)
+    matrix = _Linear(leaves[leaf].reshape(-1, bias.size), bias, shape, **how)
+    return Computed(shape, matrix.rows, f"{leaf}, {leaf}_bias")
 
 
 @dataclass

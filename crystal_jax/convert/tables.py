@@ -74,6 +74,8 @@ class Form:
     """Whether the export holds the first tensor under its second name, too."""
     ignored: tuple[str, ...] = ()
     """Names of buffers that an import passes over; `{}` stands for the layer."""
+    config_choices: dict[str, tuple[str, dict[Any, Any]]] = field(default_factory=dict)
+    """Field of ModelConfig to a key of config.json and what it says for each value of the field."""
     implied: dict[str, Callable[[ModelConfig], Any]] = field(default_factory=dict)
     """Fields of ModelConfig without a key, and the value that each has in every model of the form."""
     normalise: Callable[[dict[str, Any]], dict[str, Any]] = dict
@@ -204,12 +206,13 @@ PLAIN: dict[str, Callable[[ModelConfig], Any]] = {
 
 def _llama_config(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 writes the rotary base and its scaling into one object; old releases leave out what is usual."""
-    rope = config.get("rope_parameters")
-    base = rope.get("rope_theta") if isinstance(rope, dict) else None
-    usual = {"rope_theta": base, "rope_type": "default"}
-    scaled = rope if rope is not None and rope != {key: usual[key] for key in rope if key in usual} else None
+    rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return config | {"rope_scaling": rope}
+    usual = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     known = {key: value for key, value in config.items() if value is not None}
-    return {"rope_scaling": scaled, "rope_theta": base or 10000.0, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+    return {"rope_scaling": None if usual | rope == usual else rope, "rope_theta": usual["rope_theta"],
+            "initializer_range": 0.02, "rms_norm_eps": 1e-6,
             "num_key_value_heads": config.get("num_attention_heads"), **known}
 
 
@@ -258,7 +261,7 @@ LLAMA = Form(
 )
 
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-"""Names in transformers of one function: GELU in its tanh form."""
+"""Names in transformers of one function: GELU in its tanh form. "gelu" is the exact one."""
 
 
 def _starcoder_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +303,6 @@ STARCODER = Form(
         "init_std": "initializer_range",
     },
     config_constants={
-        "activation_function": TANH_GELU[0],
         "multi_query": True,
         "scale_attn_weights": True,
         "add_cross_attention": False,
@@ -314,6 +316,7 @@ STARCODER = Form(
         "embd_pdrop": 0.0,
         "use_cache": True,
     },
+    config_choices={"exact_gelu": ("activation_function", {False: TANH_GELU[0], True: "gelu"})},
     implied={**PLAIN, "num_kv_heads": lambda _: 1, "rotary_dim": lambda _: 0},
     normalise=_starcoder_config,
 )

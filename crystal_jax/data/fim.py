@@ -62,7 +62,9 @@ class Fim:
         self._prefix, self._middle, self._suffix, self._pad = _fim_ids(tokenizer)
         self._pieces = pieces = [tokenizer.piece_bytes(token) for token in range(tokenizer.vocab_size)]
         # A control token counts as one character, which is never split: repository and file name move with the text.
-        self._control = np.isin(np.arange(len(pieces)), tokenizer.special_ids)
+        # Those of FIM don't: a segment that has them, in data published with FIM, stays as it is.
+        control = set(tokenizer.special_ids) - set(_fim_ids(tokenizer))
+        self._control = np.isin(np.arange(len(pieces)), list(control))
         self._chars = np.array([_characters(piece) for piece in pieces]) + self._control
         self._textless = np.array([not piece for piece in pieces]) & ~self._control
         self._spaced = np.array([piece.startswith(b" ") for piece in pieces])

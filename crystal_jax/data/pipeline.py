@@ -5,10 +5,12 @@ is the same, and a new subset starts at its beginning. Nothing here has state, s
 number of hosts, each reading its own rows, sees the same global batch.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -42,9 +44,9 @@ class Reading:
     """Names the source and what is read of it in random keys; readings of one key share a cursor."""
     cursor: int
     """Rows that earlier segments have read under this key."""
-    store: TokenStore
+    store: TokenStore | None
     rows: Rows | None
-    """None where the store was replaced since: what this segment read is no longer there."""
+    """None where the store was replaced or removed since: what this segment read is no longer there."""
     subset: Subset
 
 
@@ -67,39 +69,49 @@ class Draw:
 
 
 class Stores:
-    """The token stores of a config, opened and checked against its tokenizer.
+    """The token stores of a config, opened and checked against its tokenizer; and those that only `eras` have read.
 
     Raises:
       UserError: a missing store or tokenizer, or a store that another tokenizer made.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, eras: Sequence[Era] = ()):
+        self._config = config
         root = files.as_path(config.data.root)
         self.tokenizer = Tokenizer.load(root / config.data.tokenizer)
         if self.tokenizer.vocab_size > config.model.vocab_size:
             raise UserError(f"config.model.vocab_size: {config.model.vocab_size} is less than the "
                             f"{self.tokenizer.vocab_size} ids of {self.tokenizer.path}")
-        used = {name for phase in config.phases for name in phase.mix}
+        self._present = sorted({name for phase in config.phases for name in phase.mix})
         self.by_source: dict[str, TokenStore] = {}
-        for name in sorted(used):
-            store = TokenStore.open(root / config.sources[name].store, config.data.check_blocks)
-            if store.tokenizer_fingerprint != self.tokenizer.fingerprint:
-                raise UserError(f"{store.path}: made by tokenizer {store.tokenizer_fingerprint}, but "
-                                f"{self.tokenizer.path} is {self.tokenizer.fingerprint}; set config.data.tokenizer to "
-                                "the one it was made with, or prepare the store again")
-            self.by_source[name] = store
-        self._plans: dict[str, str] = {}
-        if config.data.packing == "best_fit":
-            self._plans = {name: read_plan(store, config.data.sequence_length)["digest"]
-                           for name, store in self.by_source.items()}
+        self._fingerprints: dict[str, str] = {}
+        for name in self._present:
+            self._open(name, root)
+        past = {name for era in eras for phase in era.config.phases for name in phase.mix} & set(config.sources)
+        for name in sorted(past - set(self._present)):
+            with contextlib.suppress(UserError):  # nothing more is read from it; it may be gone
+                self._open(name, root)
+
+    def _open(self, name: str, root: Path) -> None:
+        data = self._config.data
+        store = TokenStore.open(root / self._config.sources[name].store, data.check_blocks)
+        if store.tokenizer_fingerprint != self.tokenizer.fingerprint:
+            raise UserError(f"{store.path}: made by tokenizer {store.tokenizer_fingerprint}, but {self.tokenizer.path} "
+                            f"is {self.tokenizer.fingerprint}; set config.data.tokenizer to the one it was made with, "
+                            "or prepare the store again")
+        fingerprint = store.fingerprint
+        if data.packing == "best_fit":
+            fingerprint = digest([fingerprint, read_plan(store, data.sequence_length)["digest"]])
+        self.by_source[name], self._fingerprints[name] = store, fingerprint
+
+    def fingerprint(self, name: str) -> str | None:
+        """Of all that decides which tokens a row of a source holds; None for a store that isn't there any more."""
+        return self._fingerprints.get(name)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of all that decides which tokens a row of a source holds, by name."""
-        found = {"tokenizer": self.tokenizer.fingerprint}
-        for name, store in self.by_source.items():
-            plan = self._plans.get(name)
-            found[f"store.{name}"] = store.fingerprint if plan is None else digest([store.fingerprint, plan])
-        return found
+        """Of the tokenizer and of each source that the present recipe reads."""
+        return {"tokenizer": self.tokenizer.fingerprint,
+                **{f"store.{name}": self._fingerprints[name] for name in self._present}}
 
 
 class Batches:
@@ -226,8 +238,8 @@ class Batches:
 
     def _rows(self, reading: Reading, step: int) -> Rows:
         if reading.rows is None:
-            raise UserError(f"step {step}: read {reading.store.path} as it was before the run was amended; the store "
-                            "there now is another one")
+            raise UserError(f"step {step}: read {reading.name} as it was before the run was amended; its store was "
+                            "replaced or removed since")
         return reading.rows
 
     def _generator(self, *key: object) -> np.random.Generator:
@@ -253,7 +265,7 @@ def _readings(recipes: list[Config], segments: Sequence[Segment], stores: Stores
               eras: Sequence[Era]) -> list[dict[str, Reading]]:
     """Per segment, each of its sources with the cursor that the segments before it have left."""
     cursors: dict[tuple[object, ...], int] = {}
-    names, fingerprints = sorted(recipes[-1].sources), stores.fingerprints()
+    names = sorted(recipes[-1].sources)
     result = []
     for segment in segments:
         readings = {}
@@ -261,10 +273,9 @@ def _readings(recipes: list[Config], segments: Sequence[Segment], stores: Stores
         for name, given in segment.given(segment.end).items():
             subset = segment.phase.subset.get(name, Subset())
             key = (name, subset.files, str(subset.first), *([segment.phase.name] if subset.cursor == "fresh" else []))
-            store = stores.by_source[name]
-            now = fingerprints[f"store.{name}"]
+            store, now = stores.by_source.get(name), stores.fingerprint(name)
             then = eras[segment.era].fingerprints[f"store.{name}"] if segment.era < len(eras) else now
-            rows = _open_rows(config, segment, name, store) if then == now else None
+            rows = _open_rows(config, segment, name, store) if store is not None and then == now else None
             cursor = cursors.get((key, then), 0)
             readings[name] = Reading(name, names.index(name), key, cursor, store, rows, subset)
             cursors[key, then] = cursor + given

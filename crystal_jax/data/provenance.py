@@ -161,7 +161,8 @@ class Provenance:
         """Of each reading of the store, the rows that hold the document."""
         if found.split == "train":
             readings = {reading.key: reading for segment in self._batches.readings for reading in segment.values()
-                        if reading.rows is not None and reading.store.path == found.store.path}
+                        if reading.rows is not None and reading.store is not None
+                        and reading.store.path == found.store.path}
             for reading in readings.values():
                 assert reading.rows is not None
                 yield reading, reading.rows.rows_of(found.shard, *found.in_shard)
@@ -232,7 +233,7 @@ def _held(rows: list[tuple[Reading, int]]) -> list[list[Held]]:
     """For each row of a reading, what it holds, in order; each shard's list of documents is read once."""
     by_shard: dict[tuple[Any, str], list[tuple[TokenStore, int, int, Piece]]] = defaultdict(list)
     for number, (reading, row) in enumerate(rows):
-        assert reading.rows is not None
+        assert reading.rows is not None and reading.store is not None
         for place, piece in enumerate(reading.rows.pieces(row)):
             by_shard[reading.store.path, piece.shard].append((reading.store, number, place, piece))
     found: dict[tuple[int, int], list[Held]] = {}

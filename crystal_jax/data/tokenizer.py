@@ -90,11 +90,13 @@ class Tokenizer:
         self.unk_id, self.bos_id, self.eos_id = (ids.get("<unk>"), ids["<s>"], ids["</s>"])
         self.fim_prefix_id, self.fim_middle_id, self.fim_suffix_id, self.fim_pad_id = map(ids.get, CONTROL_TOKENS[:4])
         engine.normalizer = tokenizers.normalizers.Replace(" ", SPACE)  # the dummy space is put in front here
-        words = UNCUT
+        words, characters = UNCUT, None
         if spec.get("pre_tokenizer") is None and not any(spec["model"].get(setting) for setting in WHOLE_TEXT):
+            texts = [self._special.get(token, "").encode() or piece for token, piece in enumerate(self._pieces)]
+            characters = np.array([sum(not 0x80 <= byte < 0xC0 for byte in text) for text in texts])
             words = words_of(piece.replace(SPACE, " ") for piece in pieces.keys() - set(BYTE_TOKENS))
         literal = [vocab[BYTE_TOKENS[byte]] for byte in SPACE.encode()]
-        self._words = WordTable(self._encode, words, literal)
+        self._words = WordTable(self._encode, words, literal, characters)
         self.cuts_safely = self._words.cuts
 
     @classmethod

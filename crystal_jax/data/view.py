@@ -25,9 +25,8 @@ BLOCK = 1 << 16
 """Bytes of tokens that share a checksum in the part crc32."""
 OPEN_MAPS = 256
 """A map keeps a file open, and a process may often open only 1024."""
-RESIDENT = 24 << 20
-"""Bytes that may have been paged in before the maps give their pages back; where the page cache holds large folios, up
-to four times as much is mapped (benchmarks/loader.py)."""
+RESIDENT = 96 << 20
+"""Bytes that may have been paged in before the maps give their pages back (benchmarks/loader.py weighs it)."""
 READ_AROUND = 3 << 16
 """Bytes that the kernel maps around a short read, by measurement: a row's pages lie in one or two windows of 64 KiB."""
 

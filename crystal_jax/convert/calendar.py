@@ -1,0 +1,83 @@
+"""Checkpoints as they lie on disk or gs:// to exported folders: one, or all of a run's calendar.
+
+A checkpoint's arrays are copied into files beside the output and mapped from there, so its size isn't bounded by the
+memory. Its invariant: the same command goes on where it was, and does nothing twice.
+"""
+
+import os
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from crystal_jax import files
+from crystal_jax.checkpoint import INFO, WEIGHTS, open_weights, outline
+from crystal_jax.convert.export import export, make
+from crystal_jax.convert.made import Options
+from crystal_jax.errors import UserError
+from crystal_jax.stream import MANIFEST, locked
+
+EXPORTS = "exports"
+"""Folder of a run's permanent checkpoints, PHASE/step_NNNNNN each (checkpoint.Calendar)."""
+RECORD = "exports.json"
+"""In the output of a calendar: checkpoint to what its folder was made of."""
+
+
+def export_checkpoint(checkpoint: str, to: str, output: Path, options: Options) -> dict[str, Any]:
+    """`export` of a run's folder, RUN/checkpoints/STEP or a permanent checkpoint, local or on gs://.
+
+    Raises:
+      UserError: as open_weights and export; another process that writes the same output.
+    """
+    place = Path(os.path.abspath(output))
+    if place.is_file():
+        raise UserError(f"{output}: is a file; --output must name a folder")
+    scratch = place.with_name(f".{place.name}.scratch")
+    command = command_line(checkpoint, to, output, options)
+    make(outline(checkpoint), to, options, command)  # refuses what it can before anything is copied
+    with locked(scratch):
+        weights = open_weights(checkpoint, scratch)
+        try:
+            summary = export(weights, to, output, dtype=options.dtype, max_shard_size=options.max_shard_size,
+                             heads=options.heads, command=command)
+        except UserError:  # what the same command would meet again
+            shutil.rmtree(scratch)
+            raise
+        shutil.rmtree(scratch)
+    return summary
+
+
+def command_line(checkpoint: str, to: str, output: Path, options: Options) -> str:
+    """The command that makes this very export."""
+    given = {"to": to, "checkpoint": checkpoint, "output": output}
+    given |= {name: value for name, value in asdict(options).items() if value != getattr(Options(), name)}
+    return shlex.join(["crystal-jax", "convert", "export", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def export_all(run: str, to: str, output: Path, options: Options) -> Iterator[dict[str, Any]]:
+    """Exports RUN/exports/PHASE/STEP to OUTPUT/PHASE/STEP, one after the other, and gives each one's summary.
+
+    One that was exported in the same way is passed over without a look at its arrays.
+
+    Raises:
+      UserError: a run without permanent checkpoints; as export_checkpoint.
+    """
+    calendar = files.as_path(run) / EXPORTS
+    names = sorted(name.removesuffix(f"/{INFO}") for name in files.list_files(calendar) if name.endswith(f"/{INFO}"))
+    if not names:
+        raise UserError(f"{calendar}: no permanent checkpoints there; --all takes a run's folder")
+    record = Path(output) / RECORD
+    done: dict[str, Any] = files.read_json(record) if record.exists() else {}
+    for name in names:
+        version = files.sha256(calendar / name / WEIGHTS / MANIFEST)
+        made = {"form": to, **asdict(options), "checkpoint": version}
+        place = Path(output) / name
+        if done.get(name) == made and place.exists():
+            yield {"output": str(place), "form": to, "passed_over": True}
+            continue
+        summary = export_checkpoint(os.fspath(calendar / name), to, place, options)
+        done[name] = made
+        files.write_json(record, done)
+        yield summary
