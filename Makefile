@@ -11,7 +11,7 @@ CRYSTAL := $(VENV)/bin/crystal-jax
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-transformers lint lock clean
+.PHONY: help demo test drills test-transformers lint lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -37,7 +37,10 @@ $(DEMO)/data/tokenizer.json: | $(VENV)/installed
 	$(CRYSTAL) tokenizer train --input=pystd-code --input=pystd-text --vocab_size=4096 --output=$@
 
 test: lint  ## lint, types and the test suite
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 -m "not drill"
+
+drills: $(VENV)/installed-dev  ## the long exercises: kills, races, the walkthrough
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 -m drill
 
 # Exported folders must load in these too, each in an environment of its own: no two of them fit into one.
 OLDER := $(foreach version,4.46.3 4.57.6,$(VENV)-transformers-$(version)/installed)

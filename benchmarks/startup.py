@@ -1,6 +1,6 @@
 """CPU seconds and peak memory from process start to the end of the first training step, ours against the plain program.
 
-    python benchmarks/startup.py [--rounds=3]
+    python -m benchmarks.startup [--rounds=3]
 
 Each line is a fresh process: imports, initial values, compiling, one step of the comparison shape. Cold is without a
 compilation cache, warm with one that an earlier process filled. "imports" stops after importing what `train` imports.

@@ -1,6 +1,6 @@
 """MB per CPU-second of tokenising, in turn in one process: Hugging Face's engine, ours, the fast engine, sentencepiece.
 
-    python benchmarks/tokenise.py [--tokenizer=tokenizer.json] [--rounds=3] [--megabytes=0]
+    python -m benchmarks.tokenise [--tokenizer=tokenizer.json] [--rounds=3] [--megabytes=0]
 
 Over Python's standard library: its code, and its docstrings and help topics; documents with a literal "▁" are left out,
 since ours alone keeps it apart from a space. A round makes each engine anew: none begins with words that it has met.
@@ -21,8 +21,8 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # r
 
 import numpy as np
 import tokenizers
-from measure import clocked, memory_mb
 
+from benchmarks.measure import clocked, memory_mb
 from crystal_jax.data import readers
 from crystal_jax.data.fast_tokenizer import make_encoder
 from crystal_jax.data.tokenizer import BYTE_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer

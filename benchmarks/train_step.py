@@ -1,6 +1,6 @@
 """CPU seconds and tokens per second of a training step, ours against the plain program, in alternation.
 
-    python benchmarks/train_step.py [--dtype=float32|bfloat16] [--rounds=8]
+    python -m benchmarks.train_step [--dtype=float32|bfloat16] [--rounds=8]
 
 The comparison shape: 4 layers, 256 wide, 8 heads, MLP 688, vocabulary 4096, 256 long, batch 8, AdamW and clipping. Each
 round runs every program for a few steps in turn, in one process; ratios are per round, so that a machine whose speed
@@ -16,8 +16,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain
 
+from benchmarks import plain
 from crystal_jax import sharding
 from crystal_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from crystal_jax.model import Crystal, init_params

@@ -20,7 +20,7 @@ from crystal_jax.data.verify import verify
 
 SHARDS = 4
 REPEATS = 5
-BLOCK = 1 << 20
+READ = 1 << 20
 VOCABULARY = 32032
 SPECIAL = [0, 1, 2, *range(32000, 32022)]  # Crystal's
 
@@ -56,7 +56,7 @@ def best(work: Callable[[], object], size: int) -> tuple[float, float]:
 
 
 def hash_all(paths: list[Path]) -> None:
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = memoryview(bytearray(READ))
     for path in paths:
         value = hashlib.sha256()
         with open(path, "rb", buffering=0) as file:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from crystal_jax.errors import UserError
 
 PARTIAL = ".partial-"
 """In the name of a file that is still being written; a kill leaves it behind."""
-BLOCK = 1 << 20
+LOCAL_BLOCK = 1 << 20
 """Bytes that are read at once where a whole local file is: fits a core's cache."""
 REMOTE_BLOCK = 1 << 23
 """The same on gs://, where each read is a request."""
@@ -33,7 +34,7 @@ IN_FLIGHT = 4
 
 Numbers = Sequence[int] | np.ndarray
 Location = str | os.PathLike[str]
-Range = tuple[epath.Path, int, int]
+Range = tuple[Location, int, int]
 """A file, the first byte and the number of bytes."""
 
 
@@ -160,7 +161,7 @@ def _copy_across(local: pathlib.Path, target: epath.Path) -> None:
     partial = _partial(target)
     try:
         with open(local, "rb") as source, open(partial, "wb") as copy:
-            shutil.copyfileobj(source, copy, BLOCK)
+            shutil.copyfileobj(source, copy, LOCAL_BLOCK)
             copy.flush()
             os.fsync(copy.fileno())
         os.replace(partial, target)
@@ -211,7 +212,7 @@ def read_many(ranges: Iterable[Range]) -> list[bytes]:
 class _Read:
     """A request for a byte range."""
 
-    def __init__(self, path: epath.Path, start: int, length: int) -> None:
+    def __init__(self, path: Location, start: int, length: int) -> None:
         self._range = path, start, length
         store, key = _kvstore(path)
         self._future = store.read(key, byte_range=slice(start, start + length))
@@ -231,7 +232,7 @@ class _Read:
         return found.value
 
 
-def _kvstore(path: epath.Path) -> tuple[Any, str]:
+def _kvstore(path: Location) -> tuple[Any, str]:
     """The store that a path lies in, and its key there."""
     text = os.fspath(path)
     if not is_remote(text):
@@ -248,13 +249,39 @@ def _open_kvstore(bucket: str) -> Any:
     return ts.KvStore.open(spec).result()
 
 
+def exists(file: epath.Path) -> bool:
+    """Whether there is such a file; asks the storage itself, epath may answer from a listing on gs:// that it kept."""
+    try:
+        read_bytes(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def modified(path: epath.Path) -> int:
+    """When a file's contents changed last, in nanoseconds since 1970; a copy that keeps its date counts as a change."""
+    if is_remote(path):
+        return int((path.stat().mtime or 0) * 1e9)
+    return changed(os.stat(path))
+
+
+def changed(found: os.stat_result) -> int:
+    """The same of a local file that has been looked at."""
+    return max(found.st_mtime_ns, found.st_ctime_ns)
+
+
 def file_size(path: epath.Path) -> int:
     """In bytes.
 
     Raises:
-      OSError: it isn't there.
+      OSError: it isn't there, or is a folder.
     """
-    return path.stat().length if is_remote(path) else os.stat(path).st_size
+    if is_remote(path):
+        return path.stat().length
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    return found.st_size
 
 
 def read_blocks(path: epath.Path) -> Iterator[memoryview]:
@@ -265,7 +292,7 @@ def read_blocks(path: epath.Path) -> Iterator[memoryview]:
     if is_remote(path):
         yield from _read_remote_blocks(path)
         return
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = memoryview(bytearray(LOCAL_BLOCK))
     with open(path, "rb", buffering=0) as file:
         while size := _fill(file, buffer):
             yield buffer[:size]

@@ -163,8 +163,9 @@ class Plan:
 
     def learning_rate(self, step: int) -> float:
         """Peak-group learning rate of the update made at global `step`, by the recipe that decided it."""
-        segment = next(segment for segment in self.segments if segment.start <= step < segment.end)
-        return learning_rate(segment.phase.lr, step - self.phases[segment.index].start)
+        placed, phase_step = self.at(step)
+        deciding = [segment.phase for segment in self.segments if segment.start <= step < segment.end]
+        return learning_rate((deciding or [placed.phase])[0].lr, phase_step)
 
     def calendar(self) -> dict[int, str]:
         """Global step (updates done) to the folder of its permanent checkpoint, in order."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From raw files in the published formats to a training step that says what it saw, on this machine alone.
 #
-#     docs/data_walkthrough.sh [FOLDER]        about two minutes on 2 cores; FOLDER (a temporary one) keeps what it made
+#     docs/data_walkthrough.sh [FOLDER]        about a minute on 2 cores; FOLDER (a temporary one) keeps what it made
 #
 # It needs what `make demo` installs. PYTHON names another interpreter.
 set -euo pipefail

@@ -158,13 +158,17 @@ def mixed(sources: dict[str, tuple[Callable[[], Iterator[Any]], float]], size: f
 
 
 def write_slimpajama(folder: Path, mb: float = 1.0, chunks: int = 2, files: int = 6) -> Path:
-    """folder/train/chunkN/example_train_M.jsonl.zst and a holdout file, as published; returns folder."""
+    """folder/train/chunkN/example_train_M.jsonl.zst and a holdout file, as published; returns folder.
+
+    The numbers begin anew in each chunk.
+    """
     import zstandard
 
     lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": source}}) + "\n"
              for source, text in mixed(SLIMPAJAMA, mb * 1e6)]
-    places = [folder / f"train/chunk{1 + index * chunks // files}/example_train_{index}.jsonl.zst"
-              for index in range(files)]
+    numbers = [(1 + index * chunks // files, index - -(-(index * chunks // files) * files // chunks))
+               for index in range(files)]
+    places = [folder / f"train/chunk{chunk}/example_train_{number}.jsonl.zst" for chunk, number in numbers]
     places.append(folder / "validation/chunk1/example_holdout_0.jsonl.zst")
     for index, path in enumerate(places):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,12 +283,12 @@ def write_starcoder(folder: Path, mb: float = 1.0, files: int = 2, checksums: bo
 # Datasets of other kinds, for tests
 
 
-def published_rows(count: int, length: int, vocab_size: int = 400, seed: int = 0) -> np.ndarray:
-    """int32 [count, 3, length] of ids, mask and labels; every third row ends early."""
+def published_rows(count: int, length: int, vocab_size: int = 400, seed: int = 0, full: bool = False) -> np.ndarray:
+    """int32 [count, 3, length] of ids, mask and labels; every third row ends early unless they are `full`."""
     rng = np.random.default_rng(seed)
     stream = rng.integers(3, vocab_size, (count, length + 1), dtype=np.int32)
     mask = np.ones((count, length), np.int32)
-    for row in range(0, count, 3):
+    for row in range(0, 0 if full else count, 3):
         mask[row, rng.integers(1, length) :] = 0
     return np.stack([stream[:, :-1] * mask, mask, stream[:, 1:] * mask], axis=1)
 

@@ -67,11 +67,12 @@ def tell(kind: str, *inputs: str, **keys: Any) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    found = {"none registered": tell("seqio:plain")}
     register(folder)
     write_tfds(folder / "tfds", [{"text": text, "number": index} for index, text in enumerate(TEXTS)], shards=2,
                file_format="tfrecord")  # fmt: skip
     kinds = ("plain", "tokenized", "ids_only", "lines", "bad", "failing", "no_train", "both", "plane")
-    found = {kind: tell(f"seqio:{kind}") for kind in kinds}
+    found |= {kind: tell(f"seqio:{kind}") for kind in kinds}
     found["by key"] = tell("seqio:plain", id_key="key")
     found["by text_key"] = tell("seqio:plain", text_key="key")
     found["without module"] = tell("seqio:plain", "no.such.module")

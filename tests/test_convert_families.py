@@ -36,7 +36,7 @@ LLAMA_2 = {
     "torch_dtype": "float16", "use_cache": True, "vocab_size": 32000}
 CODE_LLAMA = {**LLAMA_2, "max_position_embeddings": 16384, "rope_theta": 1000000, "vocab_size": 32016}
 STARCODER_15B = {
-    "activation_function": "gelu_pytorch_tanh", "architectures": ["GPTBigCodeForCausalLM"], "attn_pdrop": 0.1,
+    "activation_function": "gelu", "architectures": ["GPTBigCodeForCausalLM"], "attn_pdrop": 0.1,
     "attention_softmax_in_fp32": True, "bos_token_id": 0, "embd_pdrop": 0.1, "eos_token_id": 0,
     "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gpt_bigcode", "multi_query": True,
     "n_embd": 6144, "n_head": 48, "n_inner": 24576, "n_layer": 40, "n_positions": 8192, "resid_pdrop": 0.1,

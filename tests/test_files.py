@@ -202,7 +202,7 @@ def test_relative_paths_are_the_processs_own(tmp_path: Path, monkeypatch: pytest
 def test_blocks_and_hashes_of_a_whole_file(folder, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import hashlib
 
-    monkeypatch.setattr(files, "BLOCK", 100)
+    monkeypatch.setattr(files, "LOCAL_BLOCK", 100)
     monkeypatch.setattr(files, "REMOTE_BLOCK", 100)
     data = DATA[:size]
     files.write_bytes(folder / "a", data)

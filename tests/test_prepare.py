@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preparing import DOCUMENTS, HELDOUT, INPUTS, files_of, in_parts, in_process, make, spec, write_raw, write_tokenizer
 
-from crystal_jax.data import readers, runners, tasks
+from crystal_jax.data import readers, tasks
 from crystal_jax.data.manifests import summary
 from crystal_jax.data.prepare import Options, prepare
 from crystal_jax.data.readers import Document, Dropped, Input, SourceSpec
@@ -68,7 +68,7 @@ def test_every_document_is_accounted_for(prepared: Path) -> None:
     assert documents["dropped"] == {"empty": INPUTS}
     assert documents["kept"] == documents["read"] - INPUTS
     assert documents["replaced_surrogates"] == 2 * INPUTS
-    assert documents["duplicate_ids"] == INPUTS
+    assert documents["duplicate_ids_within_inputs"] == INPUTS
     assert documents["control_tokens"] == {} and manifest["control_ids"] == []
     splits = manifest["splits"]
     assert sum(split["documents"] for split in splits.values()) == documents["kept"]
@@ -79,7 +79,7 @@ def test_every_document_is_accounted_for(prepared: Path) -> None:
     assert (manifest["name"], manifest["source"], manifest["format"]) == ("set/one", "jsonl", 2)
     assert "packing" not in manifest and "documents_of_all_parts" not in manifest
     assert summary(manifest).startswith(f"set/one: {INPUTS * (DOCUMENTS - 1)} documents, ")
-    assert summary(manifest).endswith("bytes/token, dropped 6 (6 empty); 6 ids came more than once")
+    assert summary(manifest).endswith("bytes/token, dropped 6 (6 empty); 6 ids came again within an input")
     assert verify(prepared) == []
     assert sorted(path.name for path in prepared.iterdir()) == ["heldout", "manifest.json", "train"]
 
@@ -153,7 +153,7 @@ def test_what_is_read_is_kept_or_dropped(found: list[Document | Dropped], size: 
         assert part["read"] == part["kept"] + dropped
     total = sum(counts.values(), Counter())
     assert total["read"] == len(found)
-    assert total["duplicate_ids"] == len(kept) - len({document.id for document in kept})
+    assert total["duplicate_ids_within_inputs"] == len(kept) - len({document.id for document in kept})
     assert total["text_bytes"] == sum(len(document.text.encode()) for document in kept)
 
 
@@ -267,43 +267,3 @@ def test_the_command_reports_rate_tokens_and_time_left(raw: Path, tokenizer: Pat
     found = files_of(tmp_path / "set" / "one")
     assert any(name.startswith("packing/best_fit-64/") for name in found)
     assert {name: data for name, data in found.items() if not name.startswith("packing/")} == files_of(prepared)
-
-
-class Bar:
-    """A tqdm without its output."""
-
-    total = n = 0
-
-    def update(self, more: int) -> None:
-        self.n += more
-
-    def set_postfix(self, **shown: Any) -> None:
-        self.shown = shown
-
-
-def test_the_time_left_is_estimated_from_what_is_done() -> None:
-    def waiting(ending: str, text: list[int]) -> dict[Any, Task]:
-        item = Input("i", ((f"a{ending}", f"a{ending}"),), 100)
-        task = Task(SourceSpec("jsonl"), item, 0, "", "", "auto", 0.0, "", "")
-        futures: list[runners.Future[int]] = [runners.Future() for _ in text]
-        for future, size in zip(futures, text, strict=True):
-            future.set_result(size)
-        return dict.fromkeys(futures, task)
-
-    some = waiting(".jsonl.zst", [300, 500])
-    assert sum(map(runners._expected, some.values())) == 2 * 100 * runners.EXPANSION[".zst"]
-    bar = Bar()
-    runners._watch(some, [800, 90], bar)  # type: ignore[arg-type]
-    assert (bar.n, bar.total, some) == (800, 800, {})
-    assert bar.shown == {"tokens": "90", "inputs_left": 0, "refresh": False}
-    running: runners.Future[int] = runners.Future()
-    some = {**waiting(".jsonl", [50]), running: next(iter(waiting(".jsonl", [0]).values()))}
-    totals = []
-
-    class Stopping(Bar):
-        def update(self, more: int) -> None:
-            totals.append(self.total)
-            running.done() or running.set_result(150)
-
-    runners._watch(some, [50, 9], Stopping())  # type: ignore[arg-type]
-    assert totals == [100, 200]  # 200 bytes of input, of which the first 100 were 50 of text

@@ -47,9 +47,14 @@ def one(raw: Path, tokenizer: Path, tmp_path: Path) -> Path:
 
 def test_wrong_options_leave_nothing_behind(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
     output = tmp_path / "data"
-    for name in ("", "/abs", "../up", "a//b", "."):
-        with pytest.raises(UserError, match="--name"):
+    for name in ("", "/abs", "../up", "a//b", ".", "a/..", "my set", "a.b", "a/", "a:b"):
+        with pytest.raises(UserError, match=r"--name: .* must be a path below --output of letters, digits, - and _"):
             prepare(spec(raw), name, tokenizer, output)
+    for name in ("train", "a/heldout", "packing/b", "progress"):
+        with pytest.raises(UserError, match=r"--name: .* which is a folder of stores; choose another"):
+            prepare(spec(raw), name, tokenizer, output)
+    with pytest.raises(UserError, match="--split_names: 'progress' can't be a store's name"):
+        make(spec(raw, split_by="meta.set", split_names=(("a", "A"), ("b", "progress"))), tokenizer, output)
     for changed, message in (
         ({"heldout": 1.0}, "--heldout: 1.0 must be a share"),
         ({"heldout": float("nan")}, "--heldout: nan must be a share"),
@@ -74,6 +79,27 @@ def test_wrong_options_leave_nothing_behind(raw: Path, tokenizer: Path, tmp_path
     with pytest.raises(UserError, match=r"none\.json: No such file"):
         make(raw, tmp_path / "none.json", output)
     assert not output.exists()
+
+
+def test_a_store_has_no_store_inside(one: Path, raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+    before = files_of(tmp_path)
+    for name in ("set/one/more", "set/one/a/b"):
+        with pytest.raises(UserError, match=rf"--name: '{name}' lies in {one}, which is a token store itself"):
+            prepare(spec(raw), name, tokenizer, tmp_path)
+    assert files_of(tmp_path) == before
+
+
+def test_a_path_with_a_comma(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a,b"
+    folder.mkdir()
+    for path in (folder / "1,2.jsonl", tmp_path / "c.jsonl"):
+        path.write_text('{"text": "x"}\n')
+    same = ["prepare", "--source=jsonl", f"--tokenizer={tokenizer}", f"--output={tmp_path}"]
+    for index, inputs in enumerate(([f"{folder}", f"{tmp_path / 'c.jsonl'}"], [f"{folder / '1,2.jsonl'}"],
+                                    [f"{tmp_path / 'c.jsonl'},{raw / '00.jsonl'}"])):
+        assert cli.main([*same, f"--name={index}", *(f"--input={item}" for item in inputs)]) == 0
+        manifest = json.loads((tmp_path / str(index) / "manifest.json").read_text())
+        assert len(manifest["inputs"]) == (2, 1, 2)[index]
 
 
 def test_arguments_of_the_command(raw: Path, tokenizer: Path, tmp_path: Path, capsys: Any) -> None:
@@ -195,21 +221,21 @@ def test_a_plan_may_be_asked_for_later(one: Path, raw: Path, tokenizer: Path, tm
     assert any(name.startswith("packing/best_fit-16/") for name in after)
 
 
-@pytest.mark.parametrize("damage", ["missing", "resized", "manifest", "list"])
-def test_damage_of_a_finished_store_is_reported(damage: str, one: Path, raw: Path, tokenizer: Path,
-                                                tmp_path: Path) -> None:
-    ends, manifest = one / "train" / "00000.ends", one / "manifest.json"
-    message = {"missing": r"train/00000\.ends.*first remove", "resized": r"train/00000\.ends.*first remove",
-               "manifest": r"manifest\.json: damaged.*first remove", "list": "a token store of format None"}[damage]
+@pytest.mark.parametrize(("damage", "message"), [
+    ("manifest", r"manifest\.json: damaged.*copy the store again, or remove its folder and run the same `prepare`"),
+    ("list", "a token store of format None.*remove the folder and run the same command again"),
+    ("no manifest", r"holds heldout but is no token store; choose another --name or remove it"),
+])
+def test_a_damaged_manifest_is_reported(damage: str, message: str, one: Path, raw: Path, tokenizer: Path,
+                                        tmp_path: Path) -> None:
+    manifest = one / "manifest.json"
     match damage:
-        case "missing":
-            ends.unlink()
-        case "resized":
-            ends.write_bytes(ends.read_bytes()[:-8])
         case "manifest":
             manifest.write_text(manifest.read_text().replace('"kept": ', '"kept": 1'))
         case "list":
             manifest.write_text("[]")
+        case _:
+            manifest.unlink()
     with pytest.raises(UserError, match=message) as error:
         make(raw, tokenizer, tmp_path)
     assert "\n" not in str(error.value)

@@ -184,7 +184,7 @@ def test_the_order_is_one_order(names: list[str]) -> None:
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(1, 7))
 def test_groups_keep_parity_and_lose_nothing(ordinals: list[int], size: int) -> None:
-    files = [listing.File(f"/data/{index}", str(index), index) for index in range(len(ordinals))]
+    files = [listing.File(f"/data/{index}", str(index), index, index) for index in range(len(ordinals))]
     inputs = listing.group(files, ordinals, size)
     parity = {file.name: ordinal % 2 for file, ordinal in zip(files, ordinals, strict=True)}
     names = [name for item in inputs for _, name in item.files]

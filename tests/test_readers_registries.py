@@ -194,6 +194,7 @@ def test_bytes_that_are_not_utf8_are_dropped(found: dict) -> None:
     ("failing", "failing: can't be read (InvalidArgumentError: "),
     ("no_train", "--source: no_train: no split 'train'; it has validation"),
     ("plane", "--source: seqio:plane: no Task or Mixture of this name; did you mean plain?"),
+    ("none registered", "no Task or Mixture of this name, and none at all is registered; --input names the modules"),
     ("without module", "--input: no.such.module: can't be imported (No module named 'no'"),
     ("tfrecord flipped", "can't be read ("),
 ])  # fmt: skip

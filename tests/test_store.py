@@ -1,6 +1,7 @@
 """Token stores: the files of a shard, its documents, and what opening a store refuses, local and on gs://."""
 
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_ids_of_any_kind_come_back(tmp_path: Path) -> None:
             writer.add([1, 2], {"id": name, "source": name[::-1]})
         entry = writer.close()
     body = {"name": "x", "digest": "d", "tokenizer": {"fingerprint": "f", "vocab_size": 9}, "splits": {
-        "": {"shards": [entry]}}}
+        "": {"shards": [{"ordinal": 0, **entry}]}}}
     found = TokenStore(files.as_path(tmp_path), body).documents("", "00000")
     assert found.ids == names
     assert [found.find(name) for name in names] == [[index] for index in range(len(names))]
@@ -81,7 +82,7 @@ def test_damaged_documents_are_named(tmp_path: Path) -> None:
             TokenStore.open(tmp_path).documents("train", "00000")
     path.write_bytes(data)
     opened = TokenStore.open(tmp_path)
-    opened.splits["train"]["shards"][0]["documents"] = 3
+    opened.splits["train"]["shards"]._rows[0, view.NUMBERS.index("documents")] = 3
     with pytest.raises(UserError, match=r"2 documents, but 2 ends and 3 in the manifest"):
         opened.documents("train", "00000")
 
@@ -211,3 +212,42 @@ def test_a_damaged_manifest(tmp_path: Path) -> None:
 def test_a_folder_on_gs_without_a_store(gcs) -> None:
     with pytest.raises(UserError, match=r"gs://.*manifest\.json: missing, so gs://.* is no finished token store"):
         TokenStore.open(gcs.folder())
+
+
+# Scale
+
+
+def test_an_open_store_keeps_little_of_a_shard(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, [[5]])
+    count = 3000
+    for split in manifest["splits"].values():
+        entry = split["shards"][0]
+        split["shards"] = [{**entry, "name": f"{index:05d}", "ordinal": index} for index in range(count)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        opened = TokenStore(files.as_path(tmp_path), json.loads(json.dumps(manifest)))
+        found = opened.view("train")
+        kept = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert found.num_tokens == count * 5
+    assert kept < 500 * count, f"{kept / count} bytes a shard"
+    assert "splits" not in opened.manifest and "inputs" not in opened.manifest
+
+
+def test_shards_are_the_entries_of_the_manifest(tmp_path: Path) -> None:
+    entries = make_store(tmp_path, [[5, 40], [], [3]])["splits"]["train"]["shards"]
+    shards = view.Shards(entries)
+    wanted = [{key: entry[key] for key in ("name", "ordinal", "tokens", "documents", "bytes")} for entry in entries]
+    assert list(shards) == wanted and len(shards) == 3
+    assert shards.named("00002") == wanted[2] and shards.total("documents") == 3
+    assert list(view.Shards([])) == [] and view.Shards([]).total("tokens") == 0
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    make_store(tmp_path, [[5]])
+    (tmp_path / "train" / "00000.ends").unlink()
+    (tmp_path / "train" / "00000.ends").mkdir()
+    with pytest.raises(UserError, match=r"train/00000\.ends: can't be read"):
+        TokenStore.open(tmp_path)

@@ -18,6 +18,7 @@ from crystal_jax.data import control_ids, store, verify
 from crystal_jax.data.control_ids import Scan
 from crystal_jax.data.store import ShardWriter
 from crystal_jax.data.verify import count_lines
+from crystal_jax.errors import UserError
 
 LENGTHS = [[5, 40], [], [200, 2, 9]]
 FILES = [f"{split}/0000{index}.{part}" for split in store.SPLITS for index in range(3) for part in store.PARTS]
@@ -78,6 +79,24 @@ def test_a_file_that_cant_be_read_is_named(made: Path, monkeypatch: pytest.Monke
     problems = verify.verify(made)
     assert [problem.split(": ", 1) for problem in problems] == [
         [str(made / split / "00002.ends"), "can't be read ([Errno 5] Input/output error)"] for split in store.SPLITS]
+
+
+def test_files_that_the_manifest_lacks_are_named(made: Path) -> None:
+    more = [made / "heldout" / "00000.tokens.bak", made / "train" / "00003.tokens", made / "train" / "old" / "x"]
+    (made / "train" / "old").mkdir()
+    (made / "packing").mkdir()
+    for path in (*more, made / "README", made / "packing" / "notes"):
+        path.write_text("x")
+    assert verify.verify(made) == [f"{path}: the manifest has no such file; remove it" for path in more]
+
+
+def test_a_folder_in_the_place_of_a_file(made: Path) -> None:
+    path = made / "train" / "00000.ends"
+    path.unlink()
+    path.mkdir()
+    assert verify.verify(made) == [f"{path}: can't be read (Is a directory)"]
+    with pytest.raises(UserError, match=r"00000\.ends: can't be read \(Is a directory\)"):
+        store.TokenStore.open(made)
 
 
 def test_all_damage_is_listed_in_the_order_of_the_store(made: Path) -> None:
@@ -146,7 +165,6 @@ CONTRADICTIONS: list[tuple[Change, str]] = [
     (lambda split: split["shards"][0].update(tokens=46), "46 tokens and 2 documents can't have 90 bytes of tokens"),
     (lambda split: split["shards"][0].update(documents=3), "3 documents can't have 16 bytes of ends, but 24"),
     (lambda split: split["shards"][0]["bytes"].update(crc32=8), "can't have 8 bytes of crc32, but 4"),
-    (lambda split: split["shards"][0].update(ordinal=2), "two shards of train have the same ordinal"),
     (lambda split: split["shards"][0].update(name="00002"), "two shards of train have the same name"),
 ]
 
@@ -159,6 +177,14 @@ def test_a_manifest_that_contradicts_itself(made: Path, change: Change, message:
     problems = verify.verify(made)
     assert all(problem.startswith(f"{made / store.MANIFEST}: ") for problem in problems)
     assert any(message in problem for problem in problems)
+
+
+def test_shards_may_share_an_ordinal(made: Path) -> None:
+    """SlimPajama's numbers begin anew in each chunk."""
+    manifest = store.read_manifest(made)
+    manifest["splits"]["train"]["shards"][0]["ordinal"] = 2
+    store.write_manifest(made, body(manifest))
+    assert verify.verify(made) == []
 
 
 # Contents that are as prepared, but wrong
@@ -314,7 +340,7 @@ def test_the_command(run_cli, made: Path) -> None:
     damaged = made / "heldout" / "00000.ends"
     flip(damaged, 2)
     done = run_cli("verify", made)
-    assert done.returncode == 1 and str(damaged) in done.stdout and "1 problems" in done.stderr
+    assert done.returncode == 1 and str(damaged) in done.stdout and "1 problem; the same `prepare` command with --repair" in done.stderr
     (made / store.MANIFEST).unlink()
     done = run_cli("verify", made)
     assert done.returncode == 1 and "manifest.json: missing" in done.stderr and "Traceback" not in done.stderr

@@ -26,7 +26,7 @@ class StoredDocument:
 
 def count_documents(store: TokenStore, split: str, span: ShardSpan) -> int:
     """Documents that a view has of a shard, with the one that it cuts."""
-    shard = next(shard for shard in store.splits[split]["shards"] if shard["name"] == span.name)
+    shard = store.splits[split]["shards"].named(span.name)
     if shard["tokens"] == span.tokens:
         return shard["documents"]
     return int(np.searchsorted(store.documents(split, span.name).ends, span.tokens)) + 1

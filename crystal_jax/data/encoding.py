@@ -44,6 +44,11 @@ class DocumentEncoder:
         self._token_of = {tokenizer.decode([token]): token for token in tokenizer.special_ids}
         self._lead = len(tokenizer.encode_document(LEAD))
 
+    @property
+    def engine(self) -> str:
+        """What tokenises, with its version."""
+        return self._engine.package
+
     def prove(self, batch: Sequence[Document | Tokens]) -> None:
         """Compares the engine with the reference on the first documents of a batch."""
         self._engine.prove([document.text for document in batch[:PROVED] if isinstance(document, Document)])

@@ -4,6 +4,7 @@ This file owns the proof. Its invariant: the fast engine is used only as long as
 canaries, on every piece of the vocabulary and on the documents that it was proven on; after one difference, never.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -50,6 +51,12 @@ class Encoder:
     @property
     def engine(self) -> str:
         return "reference" if self._fast is None else "fast"
+
+    @property
+    def package(self) -> str:
+        """What does it, with its version."""
+        name = "tokenizers" if self._fast is None else "gigatoken"
+        return f"{name} {importlib.metadata.version(name)}"
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text.

@@ -5,7 +5,7 @@ by reason, in each manifest.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,20 +13,24 @@ from etils import epath
 
 from crystal_jax import files
 from crystal_jax.data import store
-from crystal_jax.data.tasks import CONTROL, DROPPED, PROGRESS, Task, place, record
+from crystal_jax.data.tasks import CONTROL, DROPPED, PROGRESS, Task, input_sha256, place, record
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
 
 REQUESTS = 16
 """Records that are read at once: on gs:// each waits for an answer."""
-COUNTED = ("read", "kept", "replaced_surrogates", "duplicate_ids", "text_bytes")
+COUNTED = ("read", "kept", "replaced_surrogates", "duplicate_ids_within_inputs", "text_bytes")
 
 Record = dict[str, Any]
 Manifest = dict[str, Any]
 
 
-def read_records(tasks: Sequence[Task]) -> dict[int, Record]:
-    """By index, the records of the tasks that are done: about the same input and arguments, with all their shards."""
+def read_records(tasks: Sequence[Task], compare: Collection[int] = ()) -> dict[int, Record]:
+    """By index, the records of the tasks that are done: about the same input and arguments, with all their shards.
+
+    The files of the inputs of `compare`, by index, are read where they seem to have changed since: those of a corpus
+    that was copied haven't.
+    """
     root = tasks[0].folder
     present = files.list_files(files.as_path(root))
 
@@ -39,8 +43,14 @@ def read_records(tasks: Sequence[Task]) -> dict[int, Record]:
             return None
         shards = [f"{folder}/{entry['name']}.{part}" for folder, entry in found["shards"].items()
                   for part in entry["bytes"]]  # fmt: skip
-        same = all(found[key] == value for key, value in task.stamp.items())
-        return found if same and present.issuperset(shards) else None
+        same = "sha256" in found and all(found[key] == value for key, value in task.stamp.items())
+        if not same or not present.issuperset(shards):
+            return None
+        if task.index in compare and found["changed"] != task.item.changed:
+            if found["sha256"] != input_sha256(task.item):
+                return None
+            files.write_json(record(root, task.name), {**found, "changed": task.item.changed})
+        return found
 
     with ThreadPoolExecutor(REQUESTS) as pool:
         found = zip(tasks, pool.map(read, tasks), strict=True)
@@ -60,9 +70,10 @@ def write_manifests(stores: dict[str, epath.Path], name: str, arguments: dict[st
         whole.update(found)
     if not whole["kept"]:
         raise UserError(f"{name}: {whole['read']} documents read, none kept; look at --input and --text_key")
+    inputs = [{**item, "sha256": found["sha256"]} for item, found in zip(arguments["inputs"], records, strict=True)]
     manifests = []
     for part, path in stores.items():
-        manifest = {**arguments, "name": f"{name}/{part}" if part else name, "part": part,
+        manifest = {**arguments, "inputs": inputs, "name": f"{name}/{part}" if part else name, "part": part,
                     "documents": _documents(counts[part], tokenizer)}  # fmt: skip
         if part:  # what was dropped before its part was known shows here only
             manifest["documents_of_all_parts"] = _documents(whole, tokenizer)
@@ -104,7 +115,8 @@ def summary(manifest: Manifest) -> str:
     tokens = sum(split["tokens"] for split in splits.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in documents["dropped"].items())
     ratio = f"{documents['text_bytes'] / max(tokens, 1):.2f} bytes/token, " if documents["text_bytes"] else ""
-    twice = f"; {documents['duplicate_ids']:,} ids came more than once" if documents["duplicate_ids"] else ""
+    duplicates = documents["duplicate_ids_within_inputs"]
+    twice = f"; {duplicates:,} ids came again within an input" if duplicates else ""
     return (
         f"{manifest['name']}: {documents['kept']:,} documents, {tokens:,} tokens "
         f"({splits['heldout']['tokens']:,} held out), {ratio}"

@@ -36,8 +36,6 @@ from crystal_jax.data.store import MANIFEST, SPLITS, Piece, TokenStore
 from crystal_jax.errors import UserError
 
 PARTS = ("rows", "pieces")
-PARTIAL = ".partial-"
-"""Before the random part of the folder's name in which a plan is being written."""
 
 
 def cut(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +143,7 @@ def _alone(parent: epath.Path) -> Iterator[None]:
     handle = os.open(parent, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        for leftover in Path(parent).glob(f"{PARTIAL}*"):
+        for leftover in Path(parent).glob(f"{files.PARTIAL}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         yield
     finally:
@@ -154,7 +152,7 @@ def _alone(parent: epath.Path) -> Iterator[None]:
 
 def _write(store: TokenStore, folder: epath.Path, length: int, workers: int,
            progress: Callable[[int], Any]) -> dict[str, Any]:
-    with TemporaryDirectory(prefix=PARTIAL, dir=None if files.is_remote(folder) else folder.parent) as name:
+    with TemporaryDirectory(prefix=files.PARTIAL, dir=None if files.is_remote(folder) else folder.parent) as name:
         splits = {split: _write_split(store, split, length, workers, progress, Path(name)) for split in SPLITS}
         (folder / MANIFEST).unlink(missing_ok=True)  # no moment with another store's manifest and our files
         for split in SPLITS:
@@ -284,7 +282,6 @@ class BestFitRows:
     def __init__(self, store: TokenStore, split: str, files: str, first: float, length: int) -> None:
         plan = read_plan(store, length)
         self.view, self.length = store.view(split, files), length
-        self.fingerprint: str | None = plan["digest"]
         self._eos_id: int = store.manifest["tokenizer"]["eos_id"]
         self._rows, self._pieces = (_Numbers(plan_folder(store, length) / f"{split}.{part}") for part in PARTS)
         spans, planned, row = self.view.shards, {}, 0

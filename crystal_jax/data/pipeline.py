@@ -252,6 +252,8 @@ def batch_hash(batch: Batch) -> str:
     for name in ("inputs", "targets", "mask"):
         value.update(np.ascontiguousarray(batch[name]).data)
     return value.hexdigest()
+
+
 @lru_cache(maxsize=256)
 def _permutation(rows: int, key: tuple[object, ...]) -> Permutation:
     return Permutation(rows, key)

@@ -7,6 +7,7 @@ processes on whatever machines prepared its inputs, however often they were kill
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -20,37 +21,24 @@ from etils import epath
 from tqdm import tqdm
 
 from crystal_jax import files
-from crystal_jax.config import digest, nearest
+from crystal_jax.config import digest
 from crystal_jax.data import readers, store
 from crystal_jax.data.fast_tokenizer import ENGINES
 from crystal_jax.data.manifests import Manifest, read_records, summary, write_manifests
+from crystal_jax.data.options import DEFAULTS, RESERVED, Options, check_name, check_options
 from crystal_jax.data.packing import write_plan
 from crystal_jax.data.readers import Input, SourceSpec
+from crystal_jax.data.repair import check_inputs, damaged_shards, mend
 from crystal_jax.data.runners import run_beam, run_local
 from crystal_jax.data.tasks import PROGRESS, Task, identity, record, scratch
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
 
+MANY = 10_000
+"""Inputs above which a store is slow to open: 5 s with 59,166."""
 ARGUMENTS = "arguments"
 """Name, without .json, of what an unfinished store was begun with."""
-PACKINGS = ("concat", "best_fit")
 
-
-@dataclass(frozen=True)
-class Options:
-    """How a source is prepared; of all this only `heldout` decides what a store holds."""
-
-    workers: int = 1
-    heldout: float = 0.02
-    """Share of the documents kept out of training."""
-    engine: str = "auto"
-    runner: str = "local"
-    beam_options: str = ""
-    shard: tuple[int, int] = (0, 1)
-    """(i, n): this machine takes every n-th input, from the i-th on."""
-    packing: str = "concat"
-    """best_fit also plans rows of `sequence_length` + 1 tokens."""
-    sequence_length: int = 2048
 
 
 RUNNERS: dict[str, Callable[[list[Task], Options], None]] = {
@@ -60,53 +48,39 @@ RUNNERS: dict[str, Callable[[list[Task], Options], None]] = {
 
 
 def prepare(source: SourceSpec, name: str, tokenizer: str | Path, output: str | Path,
-            options: Options = Options()) -> list[Manifest]:
+            options: Options = DEFAULTS) -> list[Manifest]:
     """Writes the token store of each part of a source and returns their manifests.
 
-    Does nothing when they are done; goes on where an interrupted run stopped. Where inputs of other shards are still
-    missing, it returns an empty list: whichever run finds all of them finishes the stores. The workers are processes
-    that import the script which calls this: it must do so under `if __name__ == "__main__":`.
+    Goes on where an interrupted run stopped; of stores that are done it mends what is damaged. Where inputs of other
+    shards are still missing, it returns an empty list: whichever run finds all of them finishes the stores. The workers
+    are processes that import the script which calls this: it must do so under `if __name__ == "__main__":`.
 
     Raises:
-      UserError: a wrong argument, a damaged input, a store there that was made from other arguments.
+      UserError: a wrong argument, a damaged input, a store there that was made from other arguments or files.
       OSError: a full disk.
     """
-    _check(options)
+    if options.heldout is None:
+        options = dataclasses.replace(options, heldout=readers.heldout(source))
+    check_options(options, RUNNERS)
     job = _make_job(source, name, Tokenizer.load(tokenizer), files.as_path(output), options)
     _refuse_others(job)
     manifests = _finished(job)
-    if manifests:
+    damaged = damaged_shards(list(job.stores.values()), manifests, options.repair) if manifests else {}
+    if manifests and not damaged:
         print(f"{job.folder}: done already", file=sys.stderr)
-    if not manifests or (job.folder / PROGRESS).exists():
+    if not manifests or damaged or (job.folder / PROGRESS).exists():
         with _locked(job):
             manifests = manifests or _finished(job) or _prepare_inputs(job)
             if not manifests:
                 return []
+            if damaged:
+                _mend(job, manifests, damaged)
             _clear(job)
     if options.packing == "best_fit":
         for path, manifest in zip(job.stores.values(), manifests, strict=True):
             with tqdm(total=manifest["documents"]["kept"], unit=" documents", desc=f"{job.name}: packing") as bar:
                 write_plan(path, options.sequence_length, options.workers, bar.update)
     return manifests
-
-
-def _check(options: Options) -> None:
-    index, count = options.shard
-    for flag, value, known in (("engine", options.engine, ENGINES), ("runner", options.runner, RUNNERS),
-                               ("packing", options.packing, PACKINGS)):
-        if value not in known:
-            raise UserError(f"--{flag}: {value!r} must be one of {', '.join(known)}{nearest(value, known)}")
-    rules: tuple[tuple[str, Any, bool, str], ...] = (
-        ("heldout", options.heldout, 0 <= options.heldout < 1, "be a share from 0 up to, not including, 1"),
-        ("workers", options.workers, options.workers >= 1, "be 1 or more"),
-        ("shard", f"{index}/{count}", 0 <= index < count, "be I/N with I from 0 to N-1"),
-        ("sequence_length", options.sequence_length, options.sequence_length >= 1, "be 1 or more"),
-        ("beam_options", options.beam_options, options.runner == "beam" or not options.beam_options,
-         "be left out without --runner=beam"),
-    )  # fmt: skip
-    for flag, value, right, rule in rules:
-        if not right:
-            raise UserError(f"--{flag}: {value} must {rule}")
 
 
 @dataclass(frozen=True)
@@ -125,17 +99,22 @@ class Job:
 
 
 def _make_job(source: SourceSpec, name: str, tokenizer: Tokenizer, output: epath.Path, options: Options) -> Job:
-    if {"", ".", ".."} & set(name.split("/")):
-        raise UserError(f"--name: {name!r} must be a path below --output, such as slimpajama/C4")
+    check_name(name, output)
     folder = output / name
     inputs = readers.list_inputs(source)
+    if len(inputs) > MANY:
+        print(f"warning: {name} has {len(inputs):,} inputs, and each becomes {len(store.PARTS)} files per split of "
+              "each store; --files_per_input=64 keeps stores small and quick to open", file=sys.stderr)
     arguments = _arguments(source, inputs, tokenizer, options)
     stores = {part: folder / part if part else folder for part in readers.parts(source)}
+    if taken := RESERVED.intersection(stores):
+        raise UserError(f"--split_names: {min(taken)!r} can't be a store's name, since it is a folder of stores; "
+                        "choose another")
     # The same tokenizer may lie in another file.
     stamp = digest({**_names_only(arguments), "tokenizer": tokenizer.fingerprint})
     tasks = [
-        Task(source, item, index, os.fspath(tokenizer.path), tokenizer.fingerprint, options.engine, options.heldout,
-             os.fspath(folder), stamp)
+        Task(source, item, index, os.fspath(tokenizer.path), tokenizer.fingerprint, options.engine,
+             arguments["heldout"], os.fspath(folder), stamp)
         for index, item in enumerate(inputs)
     ]  # fmt: skip
     return Job(name, folder, stores, tokenizer, options, arguments, tasks)
@@ -167,7 +146,7 @@ def _names_only(arguments: dict[str, Any]) -> dict[str, Any]:
 def _refuse_others(job: Job) -> None:
     folder = job.folder
     for path in {folder, *job.stores.values()}:
-        if _exists(path / store.MANIFEST):
+        if files.exists(path / store.MANIFEST):
             found = files.read_json(path / store.MANIFEST)
             written = found.get("format") if isinstance(found, dict) else None
             if written != store.FORMAT:
@@ -175,7 +154,7 @@ def _refuse_others(job: Job) -> None:
                                 f"{store.FORMAT}: remove the folder and run the same command again")
     # In this order, since another shard's run may begin, or finish and clear up, meanwhile.
     others = sorted(path.name for path in folder.iterdir() if path.name != PROGRESS) if folder.exists() else []
-    if others and not _exists(record(os.fspath(folder), ARGUMENTS)) and not _is_finished(job):
+    if others and not files.exists(record(os.fspath(folder), ARGUMENTS)) and not _is_finished(job):
         raise UserError(f"{folder}: holds {others[0]} but is no token store; choose another --name or remove it")
 
 
@@ -233,34 +212,30 @@ def _plain(value: Any) -> str:
     return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
-def _exists(file: epath.Path) -> bool:
-    """Asks the storage itself: epath may answer from a listing on gs:// that it has kept."""
-    try:
-        files.read_bytes(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
 def _is_finished(job: Job) -> bool:
-    return all(_exists(path / store.MANIFEST) for path in job.stores.values())
+    return all(files.exists(path / store.MANIFEST) for path in job.stores.values())
 
 
 def _finished(job: Job) -> list[Manifest]:
     """The manifests, when all of them are there and were made from these arguments."""
     if not _is_finished(job):
         return []
-    manifests = [_sound(path) for path in job.stores.values()]
+    manifests = [store.read_manifest(path) for path in job.stores.values()]
     for path, manifest in zip(job.stores.values(), manifests, strict=True):
-        _check_same(path, job.arguments, manifest)
+        inputs = [{key: value for key, value in item.items() if key != "sha256"} for item in manifest["inputs"]]
+        _check_same(path, job.arguments, {**manifest, "inputs": inputs})
+    path = next(iter(job.stores.values()))  # all parts are of the same inputs
+    check_inputs([task.item for task in job.tasks], path / store.MANIFEST, manifests[0])
     return manifests
 
 
-def _sound(path: epath.Path) -> Manifest:
-    try:
-        return store.TokenStore.open(path).manifest
-    except UserError as error:
-        raise UserError(f"{error} (first remove {path})") from error
+def _mend(job: Job, manifests: list[Manifest], damaged: dict[str, str]) -> None:
+    name, problem = next(iter(damaged.items()))
+    print(f"{problem}; preparing {len(damaged)} of {len(job.tasks)} inputs once more", file=sys.stderr)
+    if job.options.shard[1] != 1:
+        raise UserError(f"{job.folder}: shard {name} is damaged; run the same command without --shard to mend it")
+    tasks = [task for task in job.tasks if task.name in damaged]
+    mend(tasks, job.stores, manifests, lambda found: RUNNERS[job.options.runner](found, job.options))
 
 
 # What is left to do
@@ -270,7 +245,7 @@ def _prepare_inputs(job: Job) -> list[Manifest]:
     """Prepares those inputs of this shard that have no record yet; completes the stores if all have one then."""
     _begin(job)
     index, count = job.options.shard
-    done = read_records(job.tasks)
+    done = read_records(job.tasks, range(index, len(job.tasks), count))
     if left := [task for task in job.tasks[index::count] if task.index not in done]:
         RUNNERS[job.options.runner](left, job.options)
         done = read_records(job.tasks)
@@ -310,7 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", required=True, help="a tokenizer.json")
     add("--output", required=True, help="folder of all stores (data.root of a config), local or gs://")
     add("--workers", type=int, default=os.cpu_count(), help="processes; each takes one input at a time")
-    add("--heldout", type=float, default=Options.heldout, help="share of the documents kept out of training")
+    add("--heldout", type=float, help="share of the documents kept out of training; by default 0.02, of crystal-h5 0")
     add("--text_key", default=SourceSpec.text_key, help="column or key of the text")
     add("--id_key", help="column or key of a document's name; without it file and line name it")
     add("--split_by", help="dotted key whose value says which store a document goes to")
@@ -322,17 +297,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runner", default=Options.runner, help=f"where the inputs are prepared: {', '.join(RUNNERS)}")
     add("--beam_options", default="", help="of --runner=beam, in quotes: Beam's own arguments")
     add("--packing", default=Options.packing, help="best_fit: also plan rows, for config.data.packing=best_fit")
+    add("--repair", action="store_true", help="of a finished store: compare every file's sha256, and mend it")
     add("--sequence_length", type=int, default=Options.sequence_length, help="tokens of a row of that plan")
 
 
 def main(args: argparse.Namespace) -> int:
     source = SourceSpec(
-        args.source, tuple(readers.split_commas(args.input)), args.text_key, args.id_key, args.split_by,
+        args.source, tuple(readers.split_inputs(args.input)), args.text_key, args.id_key, args.split_by,
         tuple(_pair(item) for item in readers.split_commas(args.split_names)),
         tuple(readers.split_commas(args.languages)), args.files_per_input,
     )  # fmt: skip
     options = Options(args.workers, args.heldout, args.engine, args.runner, args.beam_options, _shard(args.shard),
-                      args.packing, args.sequence_length)
+                      args.packing, args.sequence_length, args.repair)
     for manifest in prepare(source, args.name, args.tokenizer, args.output, options):
         print(summary(manifest))
     return 0

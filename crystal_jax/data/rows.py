@@ -10,14 +10,16 @@ import numpy as np
 
 from crystal_jax.data.packing import BestFitRows
 from crystal_jax.data.store import Piece, TokenStore, TokenView
+from crystal_jax.errors import UserError
+
+PUBLISHED_ROWS = "crystal-h5"
+"""The kind of source whose documents are rows of T + 1 tokens."""
 
 
 class Rows(Protocol):
     """What a packing makes of a view."""
 
     num_rows: int
-    fingerprint: str | None
-    """Names the plan that the rows follow; None where the store alone decides."""
 
     def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """(tokens int32 [n, T + 1], kept bool [n, T + 1] or None for all) of rows int64 [n].
@@ -34,8 +36,6 @@ class Rows(Protocol):
 
 class ConcatRows:
     """Windows over the stream of all documents, as published: row r is tokens [r T, r T + T] of the view."""
-
-    fingerprint: str | None = None
 
     def __init__(self, view: TokenView, length: int) -> None:
         self.view, self.length = view, length
@@ -62,9 +62,14 @@ def make_rows(store: TokenStore, split: str, files: str, first: float, packing: 
     """The rows of `length` + 1 tokens that a split's shards `files` (all, even, odd) give, the leading share `first`.
 
     Raises:
-      UserError: nothing is left to read, or `best_fit` without a plan for this store and length.
+      UserError: nothing is left to read, `best_fit` without a plan for this store and length, or `concat` of published
+        rows, which would be cut elsewhere.
     """
     if packing == "concat":
+        if store.manifest.get("source") == PUBLISHED_ROWS:
+            raise UserError(f"{store.path}: its documents are published rows, which config.data.packing=concat cuts "
+                            "elsewhere; run its `prepare` command again with --packing=best_fit "
+                            f"--sequence_length={length} and set config.data.packing=best_fit")
         return ConcatRows(store.view(split, files, first), length)
     return BestFitRows(store, split, files, first, length)
 

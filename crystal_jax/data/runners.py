@@ -7,6 +7,7 @@ that is started here ends with the one that started it.
 import contextlib
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -29,6 +30,8 @@ from crystal_jax.data.tasks import PROGRESS, Task, prepare_input, record
 from crystal_jax.errors import UserError
 
 POLL_SECONDS = 0.5
+AHEAD = 4
+"""Tasks per worker that the pool has, of which a worker has one: it never waits for the next."""
 EXPANSION = {".zst": 3.5, ".gz": 3.0, ".parquet": 2.5}
 """Bytes of text in a byte of such a file, for the first estimate of the time left: SlimPajama's ratio, gzip's on text,
 StarCoder's. The inputs that are done correct it."""
@@ -51,9 +54,7 @@ def run_local(tasks: list[Task], workers: int) -> None:
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (done, theirs))
     try:
         with _bar(tasks) as bar:
-            with _without_ctrl_c():
-                waiting = {pool.submit(_prepare_in_worker, task): task for task in tasks}
-            _watch(waiting, done, bar)
+            _feed(pool, tasks, workers, done, bar)
     except BrokenProcessPool as error:
         raise UserError(f"{tasks[0].folder}: a worker was killed, perhaps for lack of memory; run the same command "
                         "again, with fewer --workers") from error
@@ -91,18 +92,28 @@ def _expected(task: Task) -> float:
     return task.item.bytes * EXPANSION.get(PurePath(task.item.files[0][1]).suffix if task.item.files else "", 1.0)
 
 
-def _watch(waiting: dict[Future[int], Task], done: Any, bar: "tqdm[Any]") -> None:
-    """Moves the bar until every future has ended; raises what the first one that failed raised."""
+def _feed(pool: ProcessPoolExecutor, tasks: list[Task], workers: int, done: Any, bar: "tqdm[Any]") -> None:
+    """Gives the pool all tasks and moves the bar until they have ended; raises what the first that failed raised.
+
+    It has a few per worker at a time: `wait` looks at every future each time, 0.26 s with 59,166 of them.
+    """
     text = expected = 0.0
-    whole = sum(map(_expected, waiting.values()))
-    while waiting:
+    whole = sum(map(_expected, tasks))
+    left = iter(tasks)
+    waiting: dict[Future[int], Task] = {}
+    ended = 0
+    while ended < len(tasks):
+        with _without_ctrl_c():  # the pool may start a process
+            for task in itertools.islice(left, AHEAD * workers - len(waiting)):
+                waiting[pool.submit(_prepare_in_worker, task)] = task
         finished = wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done
         for future in finished:
             text += future.result()
             expected += _expected(waiting.pop(future))
+            ended += 1
         if expected:
             bar.total = max(round(whole * text / expected), done[0])
-        bar.set_postfix(tokens=f"{done[1]:,}", inputs_left=len(waiting), refresh=False)
+        bar.set_postfix(tokens=f"{done[1]:,}", inputs_left=len(tasks) - ended, refresh=False)
         bar.update(done[0] - bar.n)
 
 

@@ -75,6 +75,19 @@ def identity(item: Input) -> dict[str, Any]:
     return {"name": item.name, "files": len(item.files), "bytes": item.bytes}
 
 
+def input_sha256(item: Input) -> dict[str, str]:
+    """Of each of its files, by the name that doesn't depend on where they lie; of none if they are no files.
+
+    Raises:
+      UserError: one can't be read any more.
+    """
+    try:
+        return {name: files.sha256(path) for path, name in item.files} if item.changed is not None else {}
+    except OSError as error:
+        raise UserError(f"{item.name}: can't be read ({error.strerror or error}); give the same command again"
+                        ) from error  # fmt: skip
+
+
 def scratch(folder: str) -> pathlib.Path:
     """The local folder for what isn't finished: inside a local store, so that publishing is a rename.
 
@@ -97,7 +110,8 @@ def prepare_input(task: Task, report: Report = lambda size, tokens: None) -> int
         shards, size = _write_shards(task, local, encoder, counts, report)
         _publish(task, local)
     found = {part: dict(sorted(found.items())) for part, found in sorted(counts.items())}
-    files.write_json(record(task.folder, task.name), {**task.stamp, "counts": found, "shards": shards})
+    about = {**task.stamp, "changed": task.item.changed, "sha256": input_sha256(task.item), "engine": encoder.engine}
+    files.write_json(record(task.folder, task.name), {**about, "counts": found, "shards": shards})
     return size
 
 
@@ -183,7 +197,7 @@ def _batches(task: Task, counts: Counts) -> Iterator[list[Document | Tokens]]:
             found["replaced_surrogates"] += replaced
             found["text_bytes"] += _size(document)
         found["kept"] += 1
-        found["duplicate_ids"] += document.id in seen
+        found["duplicate_ids_within_inputs"] += document.id in seen
         seen.add(document.id)
         batch.append(document)
         size += _length(document)

@@ -75,6 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    train(readers.split_commas(args.input), args.vocab_size, args.output, args.text_key)
+    train(readers.split_inputs(args.input), args.vocab_size, args.output, args.text_key)
     print(f"{args.output}: {args.vocab_size} rows")
     return 0

@@ -44,9 +44,9 @@ Shard = dict[str, Any]
 def verify(path: files.Location, progress: Progress = lambda read: None) -> list[str]:
     """A line per problem of a token store, local or on gs://; an empty list for a good store.
 
-    Found are: files that are missing, of another size, changed (of tokens: in which blocks) or swapped; a manifest that
-    is missing, damaged or contradicts itself; ends and documents that don't fit the tokens; control ids in documents;
-    damaged packing plans.
+    Found are: files that are missing, of another size, changed (of tokens: in which blocks) or swapped; files beside
+    them that the manifest doesn't have; a manifest that is missing, damaged or contradicts itself; ends and documents
+    that don't fit the tokens; control ids in documents; damaged packing plans.
     `progress` is called with the number of bytes read, now and then.
     """
     folder = files.as_path(path)
@@ -60,7 +60,15 @@ def verify(path: files.Location, progress: Progress = lambda read: None) -> list
     shards = [(split, shard) for split, contents in manifest["splits"].items() for shard in contents["shards"]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing and comparing let go of Python's lock
         problems = list(itertools.chain.from_iterable(pool.map(lambda found: list(checker.check(*found)), shards)))
-    return problems + plan_problems(TokenStore(folder, manifest), progress)
+    return [*problems, *_unlisted(folder, manifest), *plan_problems(TokenStore(folder, manifest), progress)]
+
+
+def _unlisted(folder: epath.Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """Files among the shards that are none of the store's: whoever takes all that lie there would read them too."""
+    known = {file.name for file in listed(manifest)}
+    for name in sorted(files.list_files(folder) - known):
+        if name.partition("/")[0] in manifest["splits"]:
+            yield f"{folder / name}: the manifest has no such file; remove it"
 
 
 def _contradictions(manifest: dict[str, Any]) -> Iterator[str]:
@@ -78,9 +86,8 @@ def _contradictions(manifest: dict[str, Any]) -> Iterator[str]:
         for field in ("tokens", "documents"):
             if (total := sum(shard[field] for shard in shards)) != contents[field]:
                 yield f"{split} has {contents[field]} {field}, but its shards have {total}"
-        for field in ("name", "ordinal"):
-            if len({shard[field] for shard in shards}) < len(shards):
-                yield f"two shards of {split} have the same {field}"
+        if len({shard["name"] for shard in shards}) < len(shards):
+            yield f"two shards of {split} have the same name"
 
 
 class _Checker:
@@ -180,6 +187,8 @@ def main(args: argparse.Namespace) -> int:
         problems = verify(args.store, bar.update)
     if problems:
         print("\n".join(problems))
-        raise UserError(f"{args.store}: {len(problems)} problems; run `prepare` again or copy the store again")
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise UserError(f"{args.store}: {count}; the same `prepare` command with --repair mends its shards, or copy "
+                        "the store again")
     print(f"{args.store}: every file is as prepared")
     return 0

@@ -7,11 +7,13 @@ on gs:// are read by byte ranges.
 
 import mmap
 import os
+import sys
 import threading
 import zlib
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from crystal_jax.errors import FatalError, UserError
 
 BLOCK = 1 << 16
 """Bytes of tokens that share a checksum in the part crc32."""
+NUMBERS = ("ordinal", "tokens", "documents")
+"""Fields of a shard's entry in the manifest that are numbers."""
 OPEN_MAPS = 256
 """A map keeps a file open, and a process may often open only 1024."""
 RESIDENT = 96 << 20
@@ -31,7 +35,37 @@ READ_AROUND = 3 << 16
 """Bytes that the kernel maps around a short read, by measurement: a row's pages lie in one or two windows of 64 KiB."""
 
 
-@dataclass(frozen=True)
+class Shards(Sequence[dict[str, Any]]):
+    """The shards of a split as columns, about 130 bytes each: a store may have tens of thousands.
+
+    An item is a shard's entry of the manifest, without its input and its sha256.
+    """
+
+    def __init__(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        entries = list(entries)
+        self._names = [sys.intern(entry["name"]) for entry in entries]  # the same in other splits and views
+        self._parts = list(entries[0]["bytes"]) if entries else []
+        rows = [[*map(entry.get, NUMBERS), *map(entry["bytes"].get, self._parts)] for entry in entries]
+        self._rows = np.array(rows, np.int64).reshape(len(rows), len(NUMBERS) + len(self._parts))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        numbers = self._rows[index].tolist()
+        return {"name": self._names[index], **dict(zip(NUMBERS, numbers, strict=False)),
+                "bytes": dict(zip(self._parts, numbers[len(NUMBERS) :], strict=True))}
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The entry of the shard of this name."""
+        entry: dict[str, Any] = self[self._names.index(name)]
+        return entry
+
+    def total(self, field: str) -> int:
+        return int(self._rows[:, NUMBERS.index(field)].sum())
+
+
+@dataclass(frozen=True, slots=True)
 class ShardSpan:
     """A shard in a view."""
 
@@ -60,7 +94,7 @@ class Maps:
         self._touched = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[object, int], path: epath.Path, size: int, touching: int) -> np.ndarray:
+    def get(self, key: tuple[object, int], path: str, size: int, touching: int) -> np.ndarray:
         """uint8 [size]: the contents of a file, of which `touching` bytes are about to be read.
 
         Raises:
@@ -86,7 +120,7 @@ class Maps:
 _MAPS = Maps()
 
 
-def _map(path: epath.Path, size: int) -> mmap.mmap:
+def _map(path: str, size: int) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno()).st_size
@@ -100,14 +134,14 @@ def _map(path: epath.Path, size: int) -> mmap.mmap:
 class TokenView:
     """Shards one after the other as one stream of tokens.
 
-    folder: of the split. shards: entries of the manifest. first: the leading share of their tokens that is read.
+    folder: of the split. shards: those of the view. first: the leading share of their tokens that is read.
     """
 
-    def __init__(self, folder: epath.Path, shards: Sequence[dict[str, Any]], dtype: str, first: float = 1.0,
+    def __init__(self, folder: epath.Path, shards: Shards, dtype: str, first: float = 1.0,
                  check_blocks: bool = False) -> None:
-        self.num_tokens = int(sum(shard["tokens"] for shard in shards) * first)
+        self.num_tokens = int(shards.total("tokens") * first)
         self.shards: list[ShardSpan] = []
-        self._sizes: list[int] = []  # in bytes, of the whole shard
+        self._sizes = array("q")  # in bytes, of the whole shard
         start = 0
         for shard in shards:
             if tokens := min(shard["tokens"], self.num_tokens - start):
@@ -115,11 +149,11 @@ class TokenView:
                 self._sizes.append(shard["bytes"]["tokens"])
                 start += tokens
         self._dtype = np.dtype(dtype)
-        self._paths = [folder / f"{shard.name}.tokens" for shard in self.shards]
+        self._folder = os.fspath(folder)
         self._remote = files.is_remote(folder)
         self._starts = [*(shard.start for shard in self.shards), self.num_tokens]
         self._owner = object()
-        self._checked = _CheckedBlocks(self._paths, self._sizes) if check_blocks else None
+        self._checked = _CheckedBlocks(self._path, self._sizes) if check_blocks else None
 
     def read(self, start: int, length: int) -> np.ndarray:
         """int32 [length]: the tokens from `start` on, across shards where need be."""
@@ -165,15 +199,19 @@ class TokenView:
             yield shard, start - self._starts[shard], count
             start, length, shard = start + count, length - count, shard + 1
 
+    def _path(self, shard: int) -> str:
+        """Of its tokens; made when it is asked for, since a path takes more memory than all else about a shard."""
+        return f"{self._folder}/{self.shards[shard].name}.tokens"
+
     def _read_local(self, pieces: Iterable[tuple[int, int, int]]) -> Iterator[np.ndarray]:
         size = self._dtype.itemsize
         for shard, start, count in pieces:
-            data = _MAPS.get((self._owner, shard), self._paths[shard], self._sizes[shard], count * size)
+            data = _MAPS.get((self._owner, shard), self._path(shard), self._sizes[shard], count * size)
             yield data[start * size : (start + count) * size].view(self._dtype)
 
     def _read_remote(self, pieces: Iterable[tuple[int, int, int]]) -> Iterator[np.ndarray]:
         size = self._dtype.itemsize
-        found = files.read_many((self._paths[shard], start * size, count * size) for shard, start, count in pieces)
+        found = files.read_many((self._path(shard), start * size, count * size) for shard, start, count in pieces)
         for data in found:
             yield np.frombuffer(data, self._dtype)
 
@@ -181,8 +219,8 @@ class TokenView:
 class _CheckedBlocks:
     """Which blocks have been compared with their checksum: each is, when it is first read."""
 
-    def __init__(self, paths: list[epath.Path], sizes: list[int]) -> None:
-        self._paths, self._sizes = paths, sizes
+    def __init__(self, path: Callable[[int], str], sizes: Sequence[int]) -> None:
+        self._path, self._sizes = path, sizes
         self._first = np.concatenate([[0], np.cumsum([-(-size // BLOCK) for size in sizes])])
         self._checked = np.zeros(self._first[-1], bool)
 
@@ -195,13 +233,14 @@ class _CheckedBlocks:
                     todo[shard, block] = min(BLOCK, self._sizes[shard] - block * BLOCK)
         if not todo:
             return
-        blocks = files.read_many((self._paths[shard], block * BLOCK, size) for (shard, block), size in todo.items())
-        wanted = files.read_many((self._paths[shard].with_suffix(".crc32"), 4 * block, 4) for shard, block in todo)
+        blocks = files.read_many((self._path(shard), block * BLOCK, size) for (shard, block), size in todo.items())
+        wanted = files.read_many((f"{self._path(shard).removesuffix('.tokens')}.crc32", 4 * block, 4)
+                                 for shard, block in todo)
         for (shard, block), data, crc32 in zip(todo, blocks, wanted, strict=True):
             if zlib.crc32(data) != int.from_bytes(crc32, "little"):
-                raise FatalError(f"{self._paths[shard]}: block {block} (bytes {block * BLOCK} to "
+                raise FatalError(f"{self._path(shard)}: block {block} (bytes {block * BLOCK} to "
                                  f"{block * BLOCK + len(data)}) isn't what was prepared; `verify` lists all damage, "
-                                 "put the file back from a copy or run `prepare` again")
+                                 "put the file back from a copy or run the same `prepare` command with --repair")
             self._checked[self._first[shard] + block] = True
 
 

@@ -25,7 +25,7 @@ from crystal_jax.data.readers.base import Document, Documents, Dropped, Input, R
 from crystal_jax.errors import UserError
 
 __all__ = ["READERS", "Document", "Documents", "Dropped", "Input", "Reader", "SourceSpec", "Tokens", "guess_source",
-           "list_inputs", "parts", "read_input", "split_commas"]
+           "heldout", "list_inputs", "parts", "read_input", "split_commas", "split_inputs"]
 
 READERS: dict[str, Reader] = {
     "pystd-code": pystd.CODE,
@@ -66,6 +66,11 @@ def parts(source: SourceSpec) -> tuple[str, ...]:
     return _reader(source).parts(source)
 
 
+def heldout(source: SourceSpec) -> float:
+    """The share of the documents that is kept out of training unless the user says; none of published rows."""
+    return _reader(source).heldout
+
+
 def _reader(source: SourceSpec) -> Reader:
     kinds = {name.partition(":")[0] + ":" * (":" in name): reader for name, reader in READERS.items()}
     kind, colon, _ = source.kind.partition(":")
@@ -84,7 +89,13 @@ def _reader(source: SourceSpec) -> Reader:
 
 
 def split_commas(values: Iterable[str]) -> list[str]:
+    """The values of an argument that may be repeated and have commas."""
     return [part for value in values for part in value.split(",") if part]
+
+
+def split_inputs(values: Iterable[str]) -> list[str]:
+    """The same for --input; a path that exists is taken literally, commas and all."""
+    return [part for value in values for part in ([value] if os.path.exists(value) else split_commas([value]))]
 
 
 def guess_source(item: str, text_key: str) -> SourceSpec:

@@ -5,7 +5,7 @@ read an input.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class Input:
     bytes: int
     ordinal: int = 0
     """What the even and the odd half of a source go by."""
+    changed: int | None = field(default=None, compare=False)
+    """When the last of its files changed, in nanoseconds since 1970; None where `files` are no files."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,5 @@ class Reader:
     options: frozenset[str] = frozenset()
     """Fields of SourceSpec, other than kind, that the kind takes."""
     parts: Callable[[SourceSpec], tuple[str, ...]] = lambda source: ("",)
+    heldout: float = 0.02
+    """Share of the documents that is kept out of training unless the user says."""

@@ -48,11 +48,15 @@ def _plain(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def _decompressed(blocks: Iterable[bytes], make: Callable[[], Any]) -> Iterator[bytes]:
-    """The contents of one compressed frame after another; EOFError when the last one isn't complete."""
+def _decompressed(blocks: Iterable[bytes], make: Callable[[], Any], padding: bytes = b"") -> Iterator[bytes]:
+    """The contents of one compressed frame after another, which bytes of `padding` may follow; EOFError when the last
+    one isn't complete.
+    """
     frame, complete = make(), False  # an empty file isn't a frame
     for block in blocks:
         while block:
+            if complete and not (block := block.lstrip(padding)):
+                break
             yield frame.decompress(block)
             complete, block = frame.eof, frame.unused_data
             if complete:
@@ -62,6 +66,6 @@ def _decompressed(blocks: Iterable[bytes], make: Callable[[], Any]) -> Iterator[
 
 
 DECOMPRESS: dict[str, Callable[[Iterable[bytes]], Iterator[bytes]]] = {
-    ".gz": lambda blocks: _decompressed(blocks, lambda: zlib.decompressobj(wbits=31)),
+    ".gz": lambda blocks: _decompressed(blocks, lambda: zlib.decompressobj(wbits=31), padding=b"\0"),
     ".zst": lambda blocks: _decompressed(blocks, lambda: zstandard.ZstdDecompressor().decompressobj()),
 }

@@ -72,4 +72,4 @@ def _tokens(path: str, name: str, start: int, rows: np.ndarray) -> Documents:
 
 
 READER = Reader(list_inputs, read, "the published HDF5 files, whose tokens stay as they are",
-                frozenset({"files_per_input"}))
+                frozenset({"files_per_input"}), heldout=0.0)

@@ -1,7 +1,7 @@
 """JSON lines, plain or compressed: an object with a text per line.
 
-This file owns what a line is. Its invariant: a line that can't be read is an error that names file and line; only
-blank lines are passed over.
+This file owns what a line is. Its invariant: a line that isn't JSON is an error that names file and line, one whose
+bytes aren't UTF-8 is dropped; only blank lines are passed over.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from crystal_jax.data.readers import records
-from crystal_jax.data.readers.base import Documents, Input, Reader, SourceSpec
+from crystal_jax.data.readers.base import Documents, Dropped, Input, Reader, SourceSpec
 from crystal_jax.data.readers.compressed import lines
 from crystal_jax.data.readers.listing import group, list_files
 from crystal_jax.errors import UserError
@@ -30,14 +30,21 @@ def read(source: SourceSpec, item: Input) -> Documents:
     for path, name in item.files:
         for number, line in enumerate(lines(path), start=1):
             if line.strip():
-                place = f"{path}:{number}"
-                yield records.document(source, _record(place, line), place, name, f"{name}:{number}")
+                place, identity = f"{path}:{number}", f"{name}:{number}"
+                try:
+                    record = _record(place, line)
+                except UnicodeDecodeError:
+                    yield Dropped(identity, "not_utf8")
+                else:
+                    yield records.document(source, record, place, name, identity)
 
 
 def _record(place: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also what isn't UTF-8
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a line of JSON ({error}); mend or remove the line") from error
     if not isinstance(record, dict):
         raise UserError(f"{place}: a JSON {type(record).__name__}, not an object with a text; mend the line")

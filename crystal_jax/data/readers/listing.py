@@ -15,7 +15,7 @@ from typing import Any
 
 from crystal_jax.data.readers.base import Input, SourceSpec
 from crystal_jax.errors import UserError
-from crystal_jax.files import as_path, is_remote
+from crystal_jax.files import as_path, changed, is_remote
 
 DEALT_INPUTS = 16
 """Inputs that a corpus without numbered files is dealt into, so that its even and odd halves exist."""
@@ -28,6 +28,8 @@ class File:
     name: str
     """Relative to the folder that all files of the source share."""
     bytes: int
+    changed: int
+    """When it changed last: nanoseconds since 1970, 0 where the storage doesn't tell."""
 
 
 def list_files(source: SourceSpec, pattern: re.Pattern[str]) -> list[File]:
@@ -38,18 +40,18 @@ def list_files(source: SourceSpec, pattern: re.Pattern[str]) -> list[File]:
     """
     if not source.inputs:
         raise UserError(f"--input: --source={source.kind} needs at least one file, folder or glob")
-    sizes: dict[str, int] = {}
+    found: dict[str, tuple[int, int]] = {}
     seen: dict[str, str] = {}
     for item in source.inputs:
-        for path, size in _expand(item, pattern):
+        for path, looked_at in _expand(item, pattern):
             real = path if is_remote(path) else os.path.realpath(path)
             if real in seen:
                 raise UserError(f"--input: {path} is listed twice (also as {seen[real]}); name it once")
-            seen[real], sizes[path] = path, size
-    if len({is_remote(path) for path in sizes}) > 1:
+            seen[real], found[path] = path, looked_at
+    if len({is_remote(path) for path in found}) > 1:
         raise UserError(f"--input: {','.join(source.inputs)}: some local and some remote; prepare them one by one")
-    common = os.path.commonpath([os.path.dirname(path) for path in sizes])
-    files = [File(path, os.path.relpath(path, common), size) for path, size in sizes.items()]
+    common = os.path.commonpath([os.path.dirname(path) for path in found])
+    files = [File(path, os.path.relpath(path, common), *looked_at) for path, looked_at in found.items()]
     return sorted(files, key=lambda file: natural(file.name))
 
 
@@ -59,36 +61,46 @@ def natural(name: str) -> list[tuple[int, str]]:
             for piece, odd in zip(NUMBER.split(name), itertools.cycle((False, True)))]  # fmt: skip
 
 
-def _expand(item: str, pattern: re.Pattern[str]) -> list[tuple[str, int]]:
-    """(path, bytes) of the files behind a file, a folder or a glob; hidden files are left out."""
+def _expand(item: str, pattern: re.Pattern[str]) -> list[tuple[str, tuple[int, int]]]:
+    """(path, (bytes, time of change)) of the files behind a file, a folder or a glob; hidden files are left out."""
     folder, found = _expand_remote(item) if is_remote(item) else _expand_local(item)
     if folder:
-        found = {path: size for path, size in found.items() if pattern.search(path)}
+        found = {path: looked_at for path, looked_at in found.items() if pattern.search(path)}
     if not found:
         state = "holds no file to read" if folder else "no such file"
         raise UserError(f"--input: {item}: {state}; give an existing file, folder or glob")
     return sorted(found.items())
 
 
-def _expand_local(item: str) -> tuple[bool, dict[str, int]]:
+def _expand_local(item: str) -> tuple[bool, dict[str, tuple[int, int]]]:
     folder = os.path.isdir(item)
     if folder:
         found = glob.glob(os.path.join(glob.escape(item), "**"), recursive=True)
     else:
         found = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
-    return folder, {os.path.abspath(path): os.path.getsize(path) for path in found if os.path.isfile(path)}
+    return folder, {os.path.abspath(path): look_at(path) for path in found if os.path.isfile(path)}
 
 
-def _expand_remote(item: str) -> tuple[bool, dict[str, int]]:
+def look_at(path: str) -> tuple[int, int]:
+    """(bytes, time of change) of a local file."""
+    found = os.stat(path)
+    return found.st_size, changed(found)
+
+
+def _expand_remote(item: str) -> tuple[bool, dict[str, tuple[int, int]]]:
     """One listing gives names and sizes; a request per file would take minutes for a published corpus."""
     scheme, _, root = item.rstrip("/").partition("://")
     with _remote_errors(item):
         system = _remote(item)
         found = system.glob(root, detail=True) if glob.has_magic(root) else system.find(root, detail=True)
     folder = bool(found) and not glob.has_magic(root) and root not in found
-    visible = {f"{scheme}://{path}": info["size"] for path, info in found.items()
+    visible = {f"{scheme}://{path}": (info["size"], _time(info)) for path, info in found.items()
                if info["type"] == "file" and "/." not in path.removeprefix(root if folder else "")}  # fmt: skip
     return folder, visible
+
+
+def _time(info: dict[str, Any]) -> int:
+    return int(info["mtime"].timestamp() * 1e9) if "mtime" in info else 0
 
 
 def _remote(path: str) -> Any:
@@ -149,4 +161,5 @@ def group(files: Sequence[File], ordinals: Sequence[int], size: int) -> list[Inp
 
 
 def _input(name: str, files: Sequence[File], ordinal: int) -> Input:
-    return Input(name, tuple((file.path, file.name) for file in files), sum(file.bytes for file in files), ordinal)
+    return Input(name, tuple((file.path, file.name) for file in files), sum(file.bytes for file in files), ordinal,
+                 max(file.changed for file in files))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from crystal_jax.data.readers.base import Document, Documents, Dropped, Input, Reader, SourceSpec
-from crystal_jax.data.readers.listing import File, deal
+from crystal_jax.data.readers.listing import File, deal, look_at
 from crystal_jax.data.readers.text import whole_file
 from crystal_jax.errors import UserError
 
@@ -32,7 +32,7 @@ def list_inputs(source: SourceSpec) -> list[Input]:
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in TEST_FOLDERS]
         paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        files += [File(str(path), path.relative_to(root).as_posix(), path.stat().st_size) for path in paths]
+        files += [File(str(path), path.relative_to(root).as_posix(), *look_at(str(path))) for path in paths]
     return deal(source.kind, sorted(files, key=lambda file: file.name))
 
 

@@ -89,8 +89,9 @@ def _tasks(source: SourceSpec) -> list[Any]:
     if source.dataset in seqio.TaskRegistry.names():
         return [seqio.TaskRegistry.get(source.dataset)]
     known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    raise UserError(f"--source: {source.kind}: no Task or Mixture of this name{nearest(source.dataset, known)}; "
-                    "--input names the modules that register it")
+    others = nearest(source.dataset, known) if known else ", and none at all is registered"
+    raise UserError(f"--source: {source.kind}: no Task or Mixture of this name{others}; --input names the modules that "
+                    "register it")
 
 
 def _seqio() -> Any:

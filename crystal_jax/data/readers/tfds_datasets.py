@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from crystal_jax import files
 from crystal_jax.config import nearest
 from crystal_jax.data.readers import records
 from crystal_jax.data.readers.base import Documents, Input, Reader, SourceSpec
@@ -31,8 +32,15 @@ def list_inputs(source: SourceSpec) -> list[Input]:
     for index, (path, count) in enumerate(zip(split.filepaths, split.shard_lengths, strict=True)):
         name = f"{source.dataset}/{os.path.basename(path)}"
         size = split.num_bytes * count // max(split.num_examples, 1)
-        inputs.append(Input(name, ((os.fspath(path), name),), size, index))
+        inputs.append(Input(name, ((os.fspath(path), name),), size, index, _changed(path)))
     return inputs
+
+
+def _changed(path: epath.PathLike) -> int:
+    try:
+        return files.modified(files.as_path(path))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({one_line(error)}); fetch it again") from error
 
 
 def read(source: SourceSpec, item: Input) -> Documents:
