@@ -175,17 +175,25 @@ def save_weights(folder: Path, params: Params, model: ModelConfig, tokenizer: Pa
         raise UserError(f"{folder}: exists and is no checkpoint; name another folder, or move it away")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _disk(folder):
+            _write_weights(folder, partial, params, tokenizer)
+            files.write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
+            partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_weights(folder: Path, partial: Path, params: Params, tokenizer: Path | None) -> None:
     # By itself Orbax copies all arrays of the host before it writes; only a save in the background needs that.
     arrays = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()))
-    with _disk(folder), ocp.Checkpointer(_handler(type_handler_registry=arrays)) as writer:
+    with ocp.Checkpointer(_handler(type_handler_registry=arrays)) as writer:
         writer.save(partial / WEIGHTS, args=ocp.args.PyTreeSave(params))
     _compare(folder, params, partial / WEIGHTS)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, partial / "tokenizer.json")
-    files.write_json(partial / INFO, {"format": FORMAT, "model": to_dict(model), **info})
-    partial.replace(folder)
 
 
 def _compare(folder: Path, params: Params, written: Path) -> None:

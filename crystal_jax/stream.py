@@ -181,15 +181,31 @@ def _parse(name: str, found: dict[str, Any]) -> Array:
                  tuple(found["chunk_grid"]["configuration"]["chunk_shape"]), tuple(inner["chunk_shape"]))
 
 
+def find_place(output: Path) -> Path:
+    """Where a folder is written that is to appear by a rename: `output` without symbolic links.
+
+    Raises:
+      UserError: a mount point, which nothing can be renamed to.
+    """
+    place = Path(os.path.realpath(output))
+    if os.path.ismount(place):
+        raise UserError(f"{output}: is a mount point, and the folder is renamed to its place; name a folder inside it")
+    return place
+
+
 @contextmanager
 def locked(scratch: Path) -> Iterator[None]:
     """Keeps others from the folder, which is made.
 
     Raises:
-      UserError: another process has it.
+      UserError: another process has it; it can't be made.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    with open(scratch / "lock", "w") as file:
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        file = open(scratch / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{scratch.parent}: can't be written: {error.strerror}; name another --output") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -161,6 +161,16 @@ def test_bytes_that_come_back_changed_make_no_checkpoint(tmp_path: Path, state: 
     assert not (tmp_path / "w").exists()
 
 
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(tmp_path: Path, state: dict, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(UserError, match="no space left"):
+        save_weights(tmp_path / "w", host(state["params"]), MODEL, None, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_write_that_was_cut_off_is_done_again(tmp_path: Path, state: dict) -> None:
     partial = tmp_path / ".w.partial" / "params"
     partial.mkdir(parents=True)

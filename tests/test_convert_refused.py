@@ -1,5 +1,6 @@
 """What conversion refuses, in one line each that names the tensor or file: nothing is left behind or overwritten."""
 
+import argparse
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_convert import TINY, assert_same_params, exported, flip_a_bit, random_params, refused, tiny, write_tokenizer
 
 from crystal_jax.convert import command, export, folder, forms, importer
+from crystal_jax.convert.forms import LLM360
 
 # What an export refuses
 
@@ -197,3 +199,60 @@ def test_an_import_touches_no_folder_that_exists(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "1.5GB", "5TB"])
 def test_sizes_that_are_none(text: str) -> None:
     assert "--max_shard_size" in refused(command.parse_size, text)
+
+
+@pytest.mark.parametrize("argv", [
+    ("export", "--to=crystal", "--checkpoint=run", "--output=gs://bucket/out"),
+    ("import", "--from=crystal", "--input=gs://bucket/in", "--output=out"),
+    ("import", "--from=crystal", "--input=in", "--output=s3://bucket/out"),
+])
+def test_addresses_are_no_folders(argv: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    message = refused(command.main, parser.parse_args(argv))
+    assert "://bucket" in message and "must be a local folder" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["crystal", "llm360"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 10**400], ids=["nan", "inf", "-inf", "huge"])
+def test_numbers_of_a_config_that_are_not_finite(form: str, value: float) -> None:
+    config = forms.make_config(forms.FORMS[form], TINY)
+    key = "mup_width_scale" if form == "llm360" else forms.FORMS[form].config_keys["norm_eps"]
+    assert key in refused(forms.parse_config, forms.FORMS[form], config | {key: value}, "config.json")
+
+
+def test_a_width_scale_beyond_all_widths() -> None:
+    config = forms.make_config(LLM360, TINY) | {"mup_width_scale": 1e308}
+    assert "mup_width_scale 1e+308" in refused(forms.parse_config, LLM360, config, "config.json")
+
+
+class Unsafe:
+    """What torch reads only where it runs a file's code."""
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    (lambda torch, state: list(state.values()), "holds a list"),
+    (lambda torch, state: state | {"x": Unsafe()}, "more than tensors"),
+    (lambda torch, state: {name: value.to(torch.float8_e4m3fn) for name, value in state.items()},
+     "transformer.wte.weight is float8_e4m3fn"),
+    (lambda torch, state: state | {"transformer.ln_f.bias": state["transformer.ln_f.bias"].to_sparse()},
+     "transformer.ln_f.bias is sparse_coo"),
+])
+def test_bin_files_of_another_kind(change: Any, part: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    place = exported(tmp_path / "out", "llm360")
+    state = {name: torch.from_numpy(value) for name, value in load_file(place / "model.safetensors").items()}
+    (place / "model.safetensors").unlink()
+    torch.save(change(torch, state), place / "pytorch_model.bin")
+    message = refused(importer.read_torch_folder, place, "llm360")
+    assert part in message and "pytorch_model.bin" in message and "weights_only" not in message
+
+
+def test_a_safetensors_dtype_that_numpy_has_not(tmp_path: Path) -> None:
+    place = exported(tmp_path / "out", "crystal")
+    path = place / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"dtype":"F32"', b'"dtype":"U32"'))
+    assert "model.embed_tokens.weight is U32" in refused(importer.read_torch_folder, place, "crystal")

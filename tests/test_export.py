@@ -15,7 +15,7 @@ from test_stream import upload
 
 from crystal_jax import checkpoint, files, stream
 from crystal_jax.config import ModelConfig
-from crystal_jax.convert import calendar, command, folder, parity
+from crystal_jax.convert import calendar, command, folder, importer, parity
 from crystal_jax.convert.export import export
 from crystal_jax.convert.made import Options
 from crystal_jax.errors import UserError
@@ -159,6 +159,65 @@ def test_an_export_of_another_kind_in_its_place_is_named(run_dir: Path, tmp_path
     write(run_dir / "exports" / NAMES[1], 7)
     assert str(tmp_path / "out" / NAMES[1]) in refused(exported, run_dir, tmp_path / "out")
     assert snapshot(tmp_path / "out") == before
+
+
+def damage(name: str, change: Any) -> Any:
+    return lambda place: change(place / name)
+
+
+@pytest.mark.parametrize(("spoil", "named"), [
+    (damage("model.safetensors", lambda path: os.truncate(path, 100)), "model.safetensors"),
+    (damage("config.json", lambda path: path.write_text("{}")), "config.json"),
+    (damage("generation_config.json", lambda path: path.unlink()), "generation_config.json"),
+    (shutil.rmtree, None),
+])
+def test_a_damaged_folder_is_not_passed_over(spoil: Any, named: str | None, run_dir: Path, tmp_path: Path) -> None:
+    exported(run_dir, tmp_path / "out")
+    spoil(tmp_path / "out" / NAMES[0])
+    if named:
+        message = refused(exported, run_dir, tmp_path / "out")
+        assert str(tmp_path / "out" / NAMES[0]) in message and named in message
+    else:
+        assert ["passed_over" in summary for summary in exported(run_dir, tmp_path / "out")] == [False, True, True]
+
+
+def test_a_card_of_ones_own_is_no_damage(run_dir: Path, tmp_path: Path) -> None:
+    exported(run_dir, tmp_path / "out")
+    (tmp_path / "out" / NAMES[0] / "README.md").write_text("mine")
+    assert exported(run_dir, tmp_path / "out")[0]["unchanged"]
+    assert all("passed_over" in summary for summary in exported(run_dir, tmp_path / "out"))
+    assert (tmp_path / "out" / NAMES[0] / "README.md").read_text() == "mine"
+
+
+def test_the_same_export_spelled_differently(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = run_dir / "exports" / NAMES[0]
+    calendar.export_checkpoint(str(place), "crystal", tmp_path / "out", Options())
+    monkeypatch.chdir(tmp_path)
+    assert calendar.export_checkpoint("run/exports/./" + NAMES[0], "crystal", Path("out"), Options())["unchanged"]
+
+
+def test_outputs_in_odd_places(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, file = str(run_dir / "exports" / NAMES[0]), tmp_path / "file"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    calendar.export_checkpoint(place, "crystal", tmp_path / "link", Options())
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
+    file.write_text("mine")
+    assert f"{file}: is a file" in refused(exported, run_dir, file)
+    assert f"{file}" in refused(calendar.export_checkpoint, place, "crystal", file / "a" / "b", Options())
+    assert f"{file}" in refused(exported, run_dir, file / "a")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mount")
+    assert "mount point" in refused(calendar.export_checkpoint, place, "crystal", tmp_path / "mount", Options())
+    assert "mount point" in refused(importer.import_checkpoint, "crystal", tmp_path / "real", tmp_path / "mount")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "real", "run"]
+
+
+def test_a_damaged_checkpoint_leaves_nothing(run_dir: Path, tmp_path: Path) -> None:
+    largest = max((run_dir / "exports" / NAMES[0]).rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    os.truncate(largest, 100)
+    args: tuple[Any, ...] = (str(run_dir / "exports" / NAMES[0]), "crystal", tmp_path / "out", Options())
+    assert "damaged" in refused(calendar.export_checkpoint, *args)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 class Killed(BaseException):

@@ -1,5 +1,6 @@
 """The parity gate: right exports of every form and shape pass it, and each kind of mistake in a folder is caught."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 from test_convert import Checkpoint, refused
 
 from crystal_jax.config import ModelConfig
-from crystal_jax.convert import export, forms, forwards, parity
+from crystal_jax.convert import export, forms, forwards, parity, stablelm
 from crystal_jax.convert.forms import DTYPES
+from crystal_jax.convert.made import Made, Options
+from crystal_jax.convert.makers import MAKERS
 from crystal_jax.model import Crystal, map_specs
 
 MODELS = {
@@ -50,23 +53,27 @@ def checkpoint(form: str) -> Checkpoint:
     return Checkpoint(drawn(model), model)
 
 
+def made(form: str, weights: Checkpoint, dtype: str | None = None) -> Made:
+    return MAKERS[form](weights, Options(dtype=dtype))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Form to a folder in it, written once."""
-    made: dict[str, Path] = {}
+    written: dict[str, Path] = {}
 
     def folder(form: str) -> Path:
-        if form not in made:
-            made[form] = tmp_path_factory.mktemp("right") / form
-            export.export(checkpoint(form), form, made[form])
-        return made[form]
+        if form not in written:
+            written[form] = tmp_path_factory.mktemp("right") / form
+            export.export(checkpoint(form), form, written[form])
+        return written[form]
 
     return folder
 
 
 @pytest.mark.parametrize("form", FAMILY)
 def test_a_right_export_passes(form: str, folders: Callable[[str], Path]) -> None:
-    result = parity.check(form, folders(form), checkpoint(form))
+    result = parity.check(made(form, checkpoint(form)), folders(form), checkpoint(form))
     assert 0 < result["relative_difference"] <= 3e-6
     assert result["same_top_token"] == result["tokens"] == 64
     assert len(result["states"]) == 4 and max(result["states"].values()) <= 3e-6
@@ -81,7 +88,7 @@ def changed(form: str, right: Path, place: Path, change: Change) -> str:
     change(tensors, config)
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, place / "model.safetensors")
     (place / "config.json").write_text(json.dumps(config))
-    return refused(parity.check, form, place, checkpoint(form))
+    return refused(parity.check, made(form, checkpoint(form)), place, checkpoint(form))
 
 
 def tensor(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
@@ -196,20 +203,74 @@ def test_values_that_are_no_numbers_fail(folders: Callable[[str], Path], tmp_pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_compared_with_the_weights_as_stored(form: str, dtype: str, tmp_path: Path) -> None:
     export.export(checkpoint(form), form, tmp_path / "half", dtype=dtype)
-    result = parity.check(form, tmp_path / "half", checkpoint(form))
+    result = parity.check(made(form, checkpoint(form), dtype), tmp_path / "half", checkpoint(form))
     assert result["relative_difference"] <= (parity.ROUNDED[dtype] / 3 if form == "stablelm" else 3e-6)
+
+
+def for_gguf(world: Path) -> Checkpoint:
+    model = replace(MODELS["crystal"], vocab_size=448, embed_dim=48, num_heads=3, mlp_dim=67, rotary_dim=6)
+    return Checkpoint(drawn(model), model, world / "tokenizer.json")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "q8_0"])
 def test_a_gguf_file(dtype: str, world: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    model = replace(MODELS["crystal"], vocab_size=448, embed_dim=48, num_heads=3, mlp_dim=67, rotary_dim=6)
-    right = Checkpoint(drawn(model), model, world / "tokenizer.json")
+    right = for_gguf(world)
     export.export(right, "gguf", tmp_path / "out", dtype=dtype)
-    result = parity.check("gguf", tmp_path / "out", right)
+    result = parity.check(made("gguf", right, dtype), tmp_path / "out", right)
     assert result["real_tokens"] and result["relative_difference"] <= parity.ROUNDED[dtype] / 3
-    right.params["layers"]["attn"]["o_bias"][1] = 0
-    assert "first in layer 1; " in refused(parity.check, "gguf", tmp_path / "out", right)
+    assert result["unrounded"]["dtype"] == dtype and result["unrounded"]["relative_difference"] <= 3e-6
+    other = replace(right, params=copy.deepcopy(right.params))
+    other.params["layers"]["attn"]["o_bias"][1] = 0
+    assert "first in layer 1; " in refused(parity.check, made("gguf", right, dtype), tmp_path / "out", other)
+
+
+COARSE = [("stablelm", "bfloat16"), ("stablelm", "float16"),
+          *(("gguf", dtype) for dtype in ("bfloat16", "float16", "q8_0"))]
+WRONG_SETTINGS = {"layer_norm_eps": 5 / 3, "rope_theta": 10}
+"""The first as if it weren't rescaled for the 5 heads where the model has 3."""
+LOST_BIASES = ("attn.q", "attn.k", "attn.o", "mlp.up", "mlp.down")
+
+
+@pytest.mark.parametrize("mistake", [*WRONG_SETTINGS, *LOST_BIASES])
+@pytest.mark.parametrize(("form", "dtype"), COARSE)
+def test_rounding_hides_no_mistake(form: str, dtype: str, mistake: str, world: Path, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the conversion: what is written is what was meant, and read back as such."""
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    make_config, make_tensors = stablelm.make_config, stablelm.make_tensors
+
+    def wrong_config(wide: stablelm.Widened) -> dict[str, Any]:
+        config = make_config(wide)
+        return config | {mistake: config[mistake] * WRONG_SETTINGS[mistake]}
+
+    def wrong_tensors(params: dict[str, np.ndarray], wide: stablelm.Widened) -> dict[str, Any]:
+        leaf = f"layers.{mistake}_bias"
+        return make_tensors(params | {leaf: np.zeros_like(params[leaf])}, wide)
+
+    if mistake in WRONG_SETTINGS:
+        monkeypatch.setattr(stablelm, "make_config", wrong_config)
+    else:
+        monkeypatch.setattr(stablelm, "make_tensors", wrong_tensors)
+    weights = for_gguf(world) if form == "gguf" else checkpoint(form)
+    message = refused(export.export, weights, form, tmp_path / "out", dtype=dtype)
+    assert "where 1e-04 is allowed; first in layer 0; the conversion" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_rounding_has_spoilt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(parity.ROUNDED, "bfloat16", 2e-4)
+    message = refused(export.export, checkpoint("stablelm"), "stablelm", tmp_path / "out", dtype="bfloat16")
+    assert "where 2e-04 is allowed; first in " in message and message.endswith("for it: use --dtype=float32")
+
+
+@pytest.mark.parametrize("form", ["crystal", "stablelm"])
+def test_logits_that_are_all_zero_pass(form: str, tmp_path: Path) -> None:
+    weights = checkpoint(form)
+    weights.params["embed"] *= 0
+    result = export.export(weights, form, tmp_path / "out")["parity"]
+    assert result["largest_logit"] == result["relative_difference"] == result["states"]["the embedding"] == 0
 
 
 def test_the_text_is_real_and_long_enough(reference: Path) -> None:
@@ -248,7 +309,7 @@ def test_any_shape_passes(tmp_path_factory: pytest.TempPathFactory, shape: tuple
     weights = Checkpoint(drawn(model, seed, biases), model)
     place = tmp_path_factory.mktemp("shape") / "out"
     export.export(weights, form, place, dtype=dtype)
-    parity.check(form, place, weights)
+    parity.check(made(form, weights, dtype), place, weights)
 
 
 def test_a_result_is_written_and_read_again(tmp_path: Path) -> None:

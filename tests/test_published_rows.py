@@ -74,7 +74,7 @@ def test_rows_that_end_early_keep_their_targets(world: Path, tmp_path: Path) -> 
     assert prepare_rows(tmp_path, "--packing=best_fit", f"--sequence_length={T}") == 0
     config = config_of(tmp_path, "best_fit")
     batches = Batches(config, Stores(config))
-    (reading,) = batches.readings
+    ((reading,),) = (found.values() for found in batches.readings)
     assert reading.rows is not None and reading.store is not None
     view, found = reading.store.view("train"), Counter[bytes]()
     before = {span.name: span.start for span in view.shards}

@@ -340,7 +340,8 @@ def test_the_command(run_cli, made: Path) -> None:
     damaged = made / "heldout" / "00000.ends"
     flip(damaged, 2)
     done = run_cli("verify", made)
-    assert done.returncode == 1 and str(damaged) in done.stdout and "1 problem; the same `prepare` command with --repair" in done.stderr
+    assert done.returncode == 1 and str(damaged) in done.stdout
+    assert "1 problem; the same `prepare` command with --repair" in done.stderr
     (made / store.MANIFEST).unlink()
     done = run_cli("verify", made)
     assert done.returncode == 1 and "manifest.json: missing" in done.stderr and "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ memory. Its invariant: the same command goes on where it was, and does nothing t
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,34 @@ from crystal_jax.checkpoint import INFO, WEIGHTS, open_weights, outline
 from crystal_jax.convert.export import export, make
 from crystal_jax.convert.made import Options
 from crystal_jax.errors import UserError
-from crystal_jax.stream import MANIFEST, locked
+from crystal_jax.stream import MANIFEST, find_place, locked
+from crystal_jax.stream import RECORD as COPIED
 
 EXPORTS = "exports"
 """Folder of a run's permanent checkpoints, PHASE/step_NNNNNN each (checkpoint.Calendar)."""
 RECORD = "exports.json"
-"""In the output of a calendar: checkpoint to what its folder was made of."""
+"""In the output of a calendar: checkpoint to what its folder was made of, and the size of each of its files."""
 
 
 def export_checkpoint(checkpoint: str, to: str, output: Path, options: Options) -> dict[str, Any]:
     """`export` of a run's folder, RUN/checkpoints/STEP or a permanent checkpoint, local or on gs://.
 
     Raises:
-      UserError: as open_weights and export; another process that writes the same output.
+      UserError: as find_place, open_weights and export; another process that writes the same output.
     """
-    place = Path(os.path.abspath(output))
+    place = find_place(output)
     if place.is_file():
         raise UserError(f"{output}: is a file; --output must name a folder")
     scratch = place.with_name(f".{place.name}.scratch")
     command = command_line(checkpoint, to, output, options)
     make(outline(checkpoint), to, options, command)  # refuses what it can before anything is copied
     with locked(scratch):
-        weights = open_weights(checkpoint, scratch)
+        try:
+            weights = open_weights(checkpoint, scratch)
+        except UserError:  # damage, or a full disk; what has come from gs:// stays, since the network may be at fault
+            if not files.is_remote(checkpoint) or not (scratch / COPIED).exists():
+                shutil.rmtree(scratch)
+            raise
         try:
             summary = export(weights, to, output, dtype=options.dtype, max_shard_size=options.max_shard_size,
                              heads=options.heads, command=command)
@@ -59,11 +65,15 @@ def command_line(checkpoint: str, to: str, output: Path, options: Options) -> st
 def export_all(run: str, to: str, output: Path, options: Options) -> Iterator[dict[str, Any]]:
     """Exports RUN/exports/PHASE/STEP to OUTPUT/PHASE/STEP, one after the other, and gives each one's summary.
 
-    One that was exported in the same way is passed over without a look at its arrays.
+    One that was exported in the same way, and whose files have the sizes that they had, is passed over without a look
+    at its arrays.
 
     Raises:
-      UserError: a run without permanent checkpoints; as export_checkpoint.
+      UserError: a run without permanent checkpoints; a folder that isn't the export any more, with the file; as
+        export_checkpoint.
     """
+    if Path(output).is_file():
+        raise UserError(f"{output}: is a file; --output must name a folder")
     calendar = files.as_path(run) / EXPORTS
     names = sorted(name.removesuffix(f"/{INFO}") for name in files.list_files(calendar) if name.endswith(f"/{INFO}"))
     if not names:
@@ -74,10 +84,19 @@ def export_all(run: str, to: str, output: Path, options: Options) -> Iterator[di
         version = files.sha256(calendar / name / WEIGHTS / MANIFEST)
         made = {"form": to, **asdict(options), "checkpoint": version}
         place = Path(output) / name
-        if done.get(name) == made and place.exists():
+        kept = done.get(name)
+        if kept and kept == made | {"files": _sizes(place, kept.get("files", ()))}:
             yield {"output": str(place), "form": to, "passed_over": True}
             continue
         summary = export_checkpoint(os.fspath(calendar / name), to, place, options)
-        done[name] = made
-        files.write_json(record, done)
+        done[name] = made | {"files": _sizes(place, summary["files"])}
+        try:
+            files.write_json(record, done)
+        except OSError as error:
+            raise UserError(f"{record}: can't be written: {error.strerror}") from None
         yield summary
+
+
+def _sizes(place: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """File name to its size in bytes; None for one that isn't there."""
+    return {name: os.stat(place / name).st_size if (place / name).is_file() else None for name in names}

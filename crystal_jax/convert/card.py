@@ -17,6 +17,12 @@ from crystal_jax.errors import UserError
 ROLES = ({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
          dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
 """Role to its token: in the tokenizers of Crystal and Llama, and in StarCoder's."""
+IDS: dict[str, dict[str, int | None]] = {
+    "crystal": {"bos_token_id": 1, "eos_token_id": 2},
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "starcoder": {"bos_token_id": None, "eos_token_id": None}}
+"""Of a family's every tokenizer, for a checkpoint that names none; None where there are several, which keeps
+transformers from its default."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Special:
     """Role (bos_token, ...) to id."""
     tokens: list[dict[str, Any]]
     """added_tokens, as in tokenizer.json."""
+    adds_start: bool
+    """Whether it puts bos_token in front of a text by itself."""
 
 
 def companion_files(weights: Weights, made: Made, dtype: str, command: str) -> dict[str, bytes]:
@@ -37,17 +45,19 @@ def companion_files(weights: Weights, made: Made, dtype: str, command: str) -> d
     Raises:
       UserError: a tokenizer that isn't the model's.
     """
-    files = {"README.md": card(weights, made, dtype, command).encode()}
     if not made.config:
-        return files
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
+        return {"README.md": card(weights, made, dtype, command, "").encode()}
+    files: dict[str, bytes] = {}
+    ids, note = IDS[weights.model.family], "The checkpoint names no tokenizer, so none is here."
     if weights.tokenizer is not None:
         content = _read(weights.tokenizer)
         special = _special_tokens(weights.tokenizer, content, weights.model.vocab_size)
+        note = (START_NOTE if special.roles == ROLES[0] and not special.adds_start else "") + TOKENIZER_NOTE
         ids = {f"{role}_id": special.ids[role] for role in ("bos_token", "eos_token")}
         files["tokenizer.json"] = content
         files["tokenizer_config.json"] = _json(tokenizer_config(special, weights.model.max_length))
         files["special_tokens_map.json"] = _json(special.roles | _others(special))
+    files["README.md"] = card(weights, made, dtype, command, note).encode()
     pad = {"pad_token_id": ids["eos_token_id"]}
     files["config.json"] = _json(made.config | ids | {"torch_dtype": dtype})
     files["generation_config.json"] = _json({"_from_model_config": True, **ids, **pad})
@@ -82,7 +92,8 @@ def _special_tokens(path: Path, content: bytes, vocab_size: int) -> Special:
                         "these families has the one or the other")
     if used > vocab_size:
         raise UserError(f"{path}: has {used} ids, but the model's vocabulary {vocab_size}; not this model's tokenizer")
-    return Special(roles, {role: by_text[text] for role, text in roles.items()}, tokens)
+    adds = json.dumps(roles["bos_token"]) in json.dumps(data.get("post_processor"))
+    return Special(roles, {role: by_text[text] for role, text in roles.items()}, tokens, adds)
 
 
 def _others(special: Special) -> dict[str, list[str]]:
@@ -108,8 +119,11 @@ def tokenizer_config(special: Special, max_length: int) -> dict[str, Any]:
     }
 
 
-def card(weights: Weights, made: Made, dtype: str, command: str) -> str:
-    """README.md: what the folder holds, where it comes from, how to load it, what isn't known about it."""
+def card(weights: Weights, made: Made, dtype: str, command: str, note: str) -> str:
+    """README.md: what the folder holds, where it comes from, how to load it, what isn't known about it.
+
+    note: on its tokenizer.
+    """
     info, model = weights.info, weights.model
     architecture, library = ARCHITECTURES[model.family], "gguf" if made.form == "gguf" else "transformers"
     shape = (
@@ -131,17 +145,11 @@ def card(weights: Weights, made: Made, dtype: str, command: str) -> str:
         if heldout else "The checkpoint has no evaluation of this step on record.",
         "## Loading",
         USAGE[made.form],
-        _tokenizer_note(weights, made),
+        note,
         "## What to know",
         HONEST,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _tokenizer_note(weights: Weights, made: Made) -> str:
-    if not made.config:
-        return ""
-    return TOKENIZER_NOTE if weights.tokenizer is not None else "The checkpoint names no tokenizer, so none is here."
 
 
 def _record(info: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -214,8 +222,10 @@ llama.cpp the model is a StableLM.""",
 }
 """How each form is loaded."""
 
-TOKENIZER_NOTE = """The tokenizer adds no `<s>`. Documents in training began with it, so put it in front of a prompt
-yourself. There is no padding token: for batches set `tokenizer.pad_token = tokenizer.eos_token` and
+START_NOTE = """The tokenizer adds no `<s>`. Documents in training began with it, so put it in front of a prompt
+yourself. """
+
+TOKENIZER_NOTE = """There is no padding token: for batches set `tokenizer.pad_token = tokenizer.eos_token` and
 `tokenizer.padding_side = "left"`, and pass the attention mask."""
 
 HONEST = """These are weights after pretraining, or from the midst of it. They haven't been tuned to follow instructions

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from crystal_jax.config import check_local
 from crystal_jax.convert.forms import FORMS
 from crystal_jax.convert.gguf_file import KINDS
 from crystal_jax.convert.made import MAX_SHARD_SIZE, Options
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to.add_argument("--to", required=True, choices=sorted(MAKERS), help="form of the folder")
     to.add_argument("--checkpoint", required=True, help="a run (its newest checkpoint), a checkpoint or an export; "
                     "local or gs://")
-    to.add_argument("--output", required=True, type=Path, help="folder to write: new, empty or this very export")
+    to.add_argument("--output", required=True, help="folder to write: new, empty or this very export")
     to.add_argument("--all", action="store_true", help="all permanent checkpoints of the run --checkpoint, to "
                     "OUTPUT/PHASE/STEP; those that are there are passed over")
     to.add_argument("--dtype", choices=KINDS, help="of the stored tensors (default: the checkpoint's); q8_0 for gguf")
@@ -30,14 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to.add_argument("--heads", type=int, help="of the model, in the forms that widen it (default: two more)")
     back = actions.add_parser("import", help="PyTorch → JAX: a published folder as a checkpoint to start from")
     back.add_argument("--from", dest="form", required=True, choices=sorted(FORMS), help="form of the folder")
-    back.add_argument("--input", required=True, type=Path, help="folder with config.json and weights, or with a "
+    back.add_argument("--input", required=True, help="folder with config.json and weights, or with a "
                       "folder for each published branch")
-    back.add_argument("--output", required=True, type=Path, help="checkpoint to write")
+    back.add_argument("--output", required=True, help="checkpoint to write")
     for action in (to, back):
         action.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def main(args: argparse.Namespace) -> None:
+    for name in ("input", "output"):
+        if hasattr(args, name):
+            check_local(f"--{name}", getattr(args, name))  # before Path makes one slash of two
+            setattr(args, name, Path(getattr(args, name)))
     for summary in _export(args) if args.action == "export" else _import(args):
         print(json.dumps(summary) if args.json else _sentence(summary), flush=True)
 

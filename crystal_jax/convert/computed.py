@@ -25,8 +25,32 @@ class Computed:
     @property
     def ranges(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of one block of rows after the other."""
+        return self.split(0, self.shape[0])
+
+    def split(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The same for a part of the rows."""
         step = max(1, BLOCK // math.prod(self.shape[1:]))
-        return ((start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+        return ((first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """What slices like the tensor in its rows, in float32 whatever it is to be stored in."""
+
+    tensor: Computed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if not isinstance(rows, slice):
+            return np.concatenate([self[row : row + 1] for row in rows.tolist()])
+        start, stop, _ = rows.indices(self.shape[0])
+        found = np.empty((stop - start, *self.shape[1:]), np.float32)
+        for first, last in self.tensor.split(start, stop):
+            found[first - start : last - start] = self.tensor.rows(first, last)
+        return found
 
 
 def rounded(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:

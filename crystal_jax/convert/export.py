@@ -16,6 +16,10 @@ from crystal_jax.convert.card import companion_files
 from crystal_jax.convert.made import MAX_SHARD_SIZE, Made, Options, Weights
 from crystal_jax.convert.makers import MAKERS
 from crystal_jax.errors import UserError
+from crystal_jax.stream import find_place
+
+CARD = "README.md"
+"""It quotes the command, which can be spelled in many ways: weights and config decide whether two exports are one."""
 
 
 def export(
@@ -32,20 +36,20 @@ def export(
 
     `dtype` is that of the stored tensors (float32, bfloat16 or float16), by default the checkpoint's; a shard has at
     most `max_shard_size` bytes; `heads` is for the forms that widen the model; `command` is quoted in the model card.
-    An output folder that already holds exactly this export is left as it is.
+    An output folder that already holds exactly this export is left as it is, whatever its model card says.
 
     Raises:
       UserError: parameters that aren't the model's, values that aren't finite, an output folder with other things in
         it, a full disk, logits that aren't the checkpoint's.
     """
     made, companions = make(weights, to, Options(dtype, max_shard_size, heads), command)
-    output = Path(output)
+    output, place = Path(output), find_place(output)
     unchanged = output.exists() and not _is_empty(output)
     if unchanged:
         found = _check_same(made, companions, output)
     else:
         try:
-            found = _write(made, weights, companions, output)
+            found = _write(made, weights, companions, output, place)
         except OSError as error:
             full = "; free some space, or choose another disk" if error.errno == errno.ENOSPC else ""
             raise UserError(f"{output}: can't be written: {error.strerror}{full}") from None
@@ -85,17 +89,17 @@ def _check_same(made: Made, companions: dict[str, bytes], output: Path) -> dict[
     if extra := sorted(found - expected - set(made.code_files)):
         raise UserError(f"{output}: not empty, and {extra[0]} isn't part of this export; {way_out}")
     checked = parity.read(output)
-    for name, content in (companions | parity.files(checked, companions["README.md"])).items():
-        if (output / name).read_bytes() != content:
+    for name, content in (companions | parity.files(checked, b"")).items():
+        if name != CARD and (output / name).read_bytes() != content:
             raise UserError(f"{output / name}: exists and differs from what this export would write; {way_out}")
     if problem := made.storage.difference(output):
         raise UserError(f"{output}: exists, and {problem}; {way_out}")
     return checked
 
 
-def _write(made: Made, weights: Weights, companions: dict[str, bytes], output: Path) -> dict[str, Any]:
-    """Writes beside `output`, reads back, compares logits, renames; returns what that found."""
-    place = Path(os.path.abspath(output))
+def _write(made: Made, weights: Weights, companions: dict[str, bytes], output: Path,
+           place: Path) -> dict[str, Any]:
+    """Writes beside `place`, reads back, compares logits, renames; returns what that found."""
     place.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(place.parent).free
     if free < made.storage.nbytes:
@@ -110,10 +114,25 @@ def _write(made: Made, weights: Weights, companions: dict[str, bytes], output: P
             (unfinished / name).write_bytes(content)
         if problem := made.storage.difference(unfinished):
             raise UserError(f"{output}: read back after writing, {problem}; the disk or the memory is at fault")
-        checked = parity.check(made.form, unfinished, weights)
-        for name, content in parity.files(checked, companions["README.md"]).items():
+        checked = parity.check(made, unfinished, weights)
+        for name, content in parity.files(checked, companions[CARD]).items():
             (unfinished / name).write_bytes(content)
+        for path in (*unfinished.iterdir(), unfinished):
+            _sync(path)
         os.replace(unfinished, place)
+        _sync(place.parent)
         return checked
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't do it with folders
+            raise
+    finally:
+        os.close(descriptor)

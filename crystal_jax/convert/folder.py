@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -197,7 +197,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _open_safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
     try:
-        file = safe_open(path, framework="np")
+        safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({_line(error)}); fetch it again") from None
     data = np.memmap(path, np.uint8, "r")  # safe_open has compared the header with the file's size
@@ -206,7 +206,7 @@ def _open_safetensors(path: Path) -> Iterator[tuple[str, Reader]]:
         if name == "__metadata__":
             continue
         if found["dtype"] not in TYPES:
-            yield name, partial(file.get_tensor, name)
+            yield name, partial(_unreadable, path, name, found["dtype"])
             continue
         first, end = found["data_offsets"]
         yield name, partial(_view, data[start + first : start + end], TYPES[found["dtype"]], found["shape"])
@@ -224,17 +224,32 @@ def _open_bin(path: Path) -> Iterator[tuple[str, Reader]]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many types for a damaged or unsafe file
-        raise UserError(f"{path}: can't be read as PyTorch weights ({_line(error)})") from None
+        # Torch's advice for what isn't a tensor is to run the code in the file.
+        found = "it holds more than tensors, or is damaged" if "weights_only" in str(error) else _line(error)
+        raise UserError(f"{path}: can't be read as PyTorch weights ({found}); fetch it again") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not tensors by name; it isn't a file of weights")
     for name, tensor in state.items():
         if isinstance(tensor, torch.Tensor):
-            yield name, partial(_to_numpy, tensor, torch.bfloat16, torch.int16)
+            yield str(name), partial(_to_numpy, path, str(name), tensor)
 
 
-def _to_numpy(tensor: Any, bfloat16: Any, int16: Any) -> np.ndarray:
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype == bfloat16:  # numpy has no such type: the same bits under another name
-        return tensor.view(int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def _to_numpy(path: Path, name: str, tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.layout != torch.strided:
+        _unreadable(path, name, str(tensor.layout).removeprefix("torch."))
+    try:
+        tensor = tensor.detach().contiguous()
+        if tensor.dtype == torch.bfloat16:  # numpy has no such type: the same bits under another name
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (TypeError, RuntimeError):  # a type that numpy hasn't, or a tensor without values
+        return _unreadable(path, name, str(tensor.dtype).removeprefix("torch."))
+
+
+def _unreadable(path: Path, name: str, kind: str) -> NoReturn:
+    raise UserError(f"{path}: the tensor {name} is {kind}; save it as a dense one in float32, bfloat16 or float16")
 
 
 def _line(error: Exception) -> str:

@@ -5,6 +5,7 @@ can't disagree. Nothing is computed, only moved, so every conversion keeps the b
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -197,7 +198,7 @@ def parse_config(form: Form, config: dict[str, Any], where: str) -> ModelConfig:
         values[name] = chosen[0]
     if form.width_scale_key:
         scale = _number(config, form.width_scale_key, float, where)
-        width = round(scale * values["embed_dim"])
+        width = round(min(scale * values["embed_dim"], 1e18))  # inf can't be rounded
         if width < 1 or not math.isclose(width, scale * values["embed_dim"], rel_tol=1e-6):
             raise UserError(f"{where}: {form.width_scale_key} {scale!r} times {values['embed_dim']} must be a whole "
                             "number, the base width of the parametrisation")
@@ -233,6 +234,6 @@ def _number(config: dict[str, Any], key: str, kind: Callable[[Any], Any], where:
         raise UserError(f"{where}: the key {key} is missing{nearest(key, config)}")
     value = config[key]
     right = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    if not right or value < 0 or (value == 0 and key != "rotary_dim"):
+    if not right or not abs(value) <= sys.float_info.max or value < 0 or (value == 0 and key != "rotary_dim"):
         raise UserError(f"{where}: {key} {value!r} must be a {'whole ' if kind is int else ''}number above 0")
     return kind(value)

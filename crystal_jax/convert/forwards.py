@@ -320,9 +320,12 @@ def open_gguf(path: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]
     def value(key: str) -> Any:
         return reader.fields[f"stablelm.{key}"].contents()
 
-    tensors: dict[str, Callable[[], Any]] = {}
-    for tensor in reader.tensors:
-        *layer, name, kind = tensor.name.removeprefix("blk.").split(".")
-        name = f"model.layers.{layer[0]}.{GGUF_LAYER_NAMES[name]}" if layer else GGUF_NAMES[name]
-        tensors[f"{name}.{kind}"] = partial(_Quantised, tensor)
+    tensors: dict[str, Callable[[], Any]] = {
+        from_gguf(tensor.name): partial(_Quantised, tensor) for tensor in reader.tensors}
     return tensors, {key: value(theirs) for key, theirs in GGUF_KEYS.items()}
+
+
+def from_gguf(name: str) -> str:
+    """StableLM's name of a tensor that llama.cpp calls `name`."""
+    *layer, part, kind = name.removeprefix("blk.").split(".")
+    return f"model.layers.{layer[0]}.{GGUF_LAYER_NAMES[part]}.{kind}" if layer else f"{GGUF_NAMES[part]}.{kind}"

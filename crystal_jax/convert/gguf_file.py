@@ -99,6 +99,10 @@ class Gguf:
         return [tensor.name for tensor in self.stored]
 
     @property
+    def tensors(self) -> dict[str, Computed]:
+        return {tensor.name: tensor.source for tensor in self.stored}
+
+    @property
     def files(self) -> list[str]:
         return [FILE]
 

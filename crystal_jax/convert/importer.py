@@ -5,7 +5,6 @@ output: no more than one tensor is in memory.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from crystal_jax.convert.forms import (
     write_tensor,
 )
 from crystal_jax.errors import UserError
-from crystal_jax.stream import locked, new_file
+from crystal_jax.stream import find_place, locked, new_file
 
 BRANCH = re.compile(r"CrystalCoder_(phase\d+)_checkpoint_(\d{6})")
 """Name of a published checkpoint's branch: its phase, and its step in the phase."""
@@ -172,15 +171,15 @@ def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:
     folder, output = Path(folder), Path(output)
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
         raise UserError(f"{output}: exists; choose another --output, or delete it")
+    place = find_place(output)
     from crystal_jax.checkpoint import save_weights
 
-    place = Path(os.path.abspath(output))
     scratch = place.with_name(f".{place.name}.scratch")
     with locked(scratch):
         try:
             params, model, tokenizer = read_torch_folder(
                 folder, form, lambda leaf, shape, dtype: new_file(scratch / leaf, shape, dtype))
-            save_weights(output, params, model, tokenizer, _info(form, folder))
+            save_weights(place, params, model, tokenizer, _info(form, folder))
         except OSError as error:
             raise UserError(f"{output}: can't be written: {error.strerror}") from None
         finally:

@@ -3,7 +3,7 @@
 Nothing is computed before it is asked for, so an export holds one block of one tensor in memory, whatever the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,11 @@ class Storage(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """Of the tensors."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Computed]:
+        """The same names to the values, before they are rounded."""
         ...
 
     @property

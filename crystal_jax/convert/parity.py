@@ -2,11 +2,15 @@
 
 One side is the form's own forward pass (forwards.py) over the files, the other the model over the checkpoint, each a
 layer at a time. The invariant: the two share neither code nor tensors, so that no mistake of the conversion hides.
+
+Rounding hides one too: a form whose tensors are computed runs a second time, over the values that were rounded into
+the files (export.py has compared the files with them bit by bit), and is held to the bar of a form that only moves.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,11 @@ import numpy as np
 
 from crystal_jax.config import ModelConfig
 from crystal_jax.convert.card import ROLES
+from crystal_jax.convert.computed import Unrounded
 from crystal_jax.convert.folder import open_tensors
 from crystal_jax.convert.forms import DTYPES, flatten, unflatten
-from crystal_jax.convert.forwards import FORWARDS, Forward, open_gguf
-from crystal_jax.convert.made import Weights
+from crystal_jax.convert.forwards import FORWARDS, Forward, from_gguf, open_gguf
+from crystal_jax.convert.made import Made, Weights
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, map_specs
 
@@ -30,10 +35,13 @@ LENGTH = 64
 QUIET = 8
 """Every so many tokens one enters the layers as small as the norms' eps, since a wrong eps hardly shows in others."""
 EXACT = 1e-4
-"""Bar of a form whose tensors are moved: sums in another order give 3e-7 in small models, mistakes 1e-3 or more."""
+"""Bar of tensors that are only moved, or not yet rounded: sums in another order give 3e-7 in small models, mistakes
+1e-3 or more."""
 ROUNDED = {"float32": EXACT, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.15}
-"""Bar of a form whose tensors are computed and then rounded, by the coarsest dtype; make demo's model has 2e-6, 0.001,
-0.011 and 0.025."""
+"""What rounding computed tensors may do, by the coarsest dtype: loose, since mistakes are found before the rounding;
+make demo's model has 2e-6, 0.001, 0.011 and 0.025."""
+TINY = float(np.finfo(np.float32).tiny)
+"""What differences are relative to where all is zero."""
 HEAD_ROWS = 8192
 """Of the vocabulary at a time."""
 
@@ -56,33 +64,63 @@ pass written from the form's own definition, and compared with the model in JAX.
 {difference:.1e} of the largest ({bar:.0e} is allowed); the most probable next token is the same in {same} of {tokens}
 places.
 """
+UNROUNDED = """
+Before its tensors were rounded to {dtype}, the same forward pass differed by at most {difference:.1e} ({bar:.0e} is
+allowed).
+"""
 
 
-def check(form: str, folder: Path, weights: Weights) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Run:
+    """One forward pass of a form, beside the model's."""
+
+    states: dict[str, float]
+    """State to its largest difference, relative to the largest value."""
+    logits: np.ndarray
+    """[T, V]."""
+
+
+def check(made: Made, folder: Path, weights: Weights) -> dict[str, Any]:
     """What comparing the logits of a written folder with the checkpoint's measured.
 
     A form whose tensors are moved is compared with the same weights as they are stored; one whose tensors are computed,
-    with the checkpoint's.
+    with the checkpoint's, before they were rounded and after.
 
     Raises:
       UserError: they differ by more than the bar, with the first layer that does; a tensor is missing.
     """
-    theirs = _open(form, folder)
+    theirs = _open(made.form, folder)
     dtypes = {str(read().dtype) for read in theirs.tensors.values()}
-    ours = Reference(weights, None if theirs.rounds else dtypes.pop())
+    forwards = [theirs, _unrounded(made, theirs)] if theirs.rounds else [theirs]
+    ours = Reference(weights, None if theirs.rounds else next(iter(dtypes)))
     ids, real = _tokens(weights)
     with np.errstate(over="ignore", invalid="ignore"):  # what isn't finite fails below
-        states, expected, found = _run(ours, theirs, ids)
+        expected, (found, *unrounded) = _run(ours, forwards, ids)
+    result: dict[str, Any] = {"form": made.form, "tokens": len(ids), "real_tokens": real}
+    for run in unrounded:
+        result["unrounded"] = {"dtype": made.dtype, "relative_difference": _compare(made, expected, run, EXACT)}
     bar = max(ROUNDED[dtype] for dtype in dtypes) if theirs.rounds else EXACT
-    largest, differing = float(np.abs(expected).max()), float(np.abs(found - expected).max())
-    if not differing <= bar * largest:  # so that NaN fails
-        where = next((name for name, value in states.items() if not value <= bar / 10), "the final norm or the head")
-        raise UserError(f"--to={form}: what was written isn't the checkpoint's model, so nothing was kept: logits "
-                        f"differ by {differing / largest:.1e} of the largest, where {bar:.0e} is allowed; first in "
-                        f"{where}; the conversion or this machine is at fault: try another, and report it")
-    return {"form": form, "tokens": len(ids), "real_tokens": real, "largest_logit": largest,
-            "largest_difference": differing, "relative_difference": differing / largest, "bar": bar,
-            "same_top_token": int(np.count_nonzero(found.argmax(-1) == expected.argmax(-1))), "states": states}
+    relative = _compare(made, expected, found, bar)
+    same = int(np.count_nonzero(found.logits.argmax(-1) == expected.argmax(-1)))
+    return result | {
+        "largest_logit": float(np.abs(expected).max()),
+        "largest_difference": float(np.abs(found.logits - expected).max()), "relative_difference": relative,
+        "bar": bar, "same_top_token": same, "states": found.states}
+
+
+def _compare(made: Made, expected: np.ndarray, run: Run, bar: float) -> float:
+    """The logits' largest difference, relative to the largest; raises UserError if it is above the bar."""
+    relative = float(np.abs(run.logits - expected).max()) / max(float(np.abs(expected).max()), TINY)
+    if not relative <= bar:  # so that NaN fails
+        where = next((name for name, value in run.states.items() if not value <= bar / 10),
+                     "the final norm or the head")
+        fault = "the conversion or this machine is at fault: try another, and report it"
+        if bar > EXACT:  # before the rounding it was right
+            fault = f"rounding to {made.dtype} is too coarse for it: use --dtype=float32"
+        raise UserError(f"--to={made.form}: what was written isn't the checkpoint's model, so nothing was kept: logits "
+                        f"differ by {relative:.1e} of the largest, where {bar:.0e} is allowed; first in {where}; "
+                        f"{fault}")
+    return relative
 
 
 def files(result: dict[str, Any], card: bytes) -> dict[str, bytes]:
@@ -91,6 +129,9 @@ def files(result: dict[str, Any], card: bytes) -> dict[str, bytes]:
         f"{result['tokens']} arbitrary tokens, since no tokenizer is known")
     found = FOUND.format(ids=ids, difference=result["relative_difference"], same=result["same_top_token"],
                          tokens=result["tokens"], bar=result["bar"])
+    if "unrounded" in result:
+        before = result["unrounded"]
+        found += UNROUNDED.format(dtype=before["dtype"], difference=before["relative_difference"], bar=EXACT)
     return {FILE: (json.dumps(result, indent=2) + "\n").encode(), "README.md": card + found.encode()}
 
 
@@ -113,6 +154,14 @@ def _open(form: str, folder: Path) -> Forward:
     if form == "gguf":
         return FORWARDS[form](*open_gguf(next(folder.glob("*.gguf"))))
     return FORWARDS[form](open_tensors(folder), json.loads((folder / "config.json").read_text()))
+
+
+def _unrounded(made: Made, theirs: Forward) -> Forward:
+    """The form with the settings that were written, and the tensors as they were before they were rounded."""
+    tensors: dict[str, Callable[[], Any]] = {}
+    for name, tensor in made.storage.tensors.items():
+        tensors[from_gguf(name) if made.form == "gguf" else name] = partial(Unrounded, tensor)
+    return type(theirs)(tensors, theirs.config)
 
 
 def _tokens(weights: Weights) -> tuple[np.ndarray, bool]:
@@ -180,18 +229,20 @@ def _compute(model: ModelConfig, part: str, leaves: dict[str, jax.Array], x: jax
     return parts[part]()
 
 
-def _run(ours: Reference, theirs: Forward, ids: np.ndarray) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """(state to its largest difference, relative to the largest value; both sides' logits [T, V])."""
-    a, b = ours.embed(ids), theirs.embed(ids)
-    states = {"the embedding": _difference(a, b)}
+def _run(ours: Reference, theirs: Sequence[Forward], ids: np.ndarray) -> tuple[np.ndarray, list[Run]]:
+    """(the model's logits [T, V], what each forward pass of the form gave)."""
+    a, streams = ours.embed(ids), [forward.embed(ids) for forward in theirs]
+    states = [{"the embedding": _difference(a, b)} for b in streams]
     loud = np.std(a[QUIET - 1 :: QUIET], axis=1, keepdims=True)
     quiet = np.ones((len(ids), 1), np.float32)
     quiet[QUIET - 1 :: QUIET] = math.sqrt(ours.model.norm_eps) / np.maximum(loud, math.sqrt(ours.model.norm_eps))
-    a, b = a * quiet, b * quiet
+    a, streams = a * quiet, [b * quiet for b in streams]
     for layer in range(ours.model.num_layers):
-        a, b = ours.layer(a, layer), theirs.layer(b, layer)
-        states[f"layer {layer}"] = _difference(a, b)
-    return states, ours.logits(a), theirs.logits(b)
+        a, streams = ours.layer(a, layer), [f.layer(b, layer) for f, b in zip(theirs, streams, strict=True)]
+        for found, b in zip(states, streams, strict=True):
+            found[f"layer {layer}"] = _difference(a, b)
+    runs = [Run(found, f.logits(b)) for found, f, b in zip(states, theirs, streams, strict=True)]
+    return ours.logits(a), runs
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -201,4 +252,4 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """
     if a.shape != b.shape:
         a, b = a - a.mean(1, keepdims=True), b[:, : a.shape[1]]
-    return float(np.abs(a - b).max() / np.abs(a).max())
+    return float(np.abs(a - b).max()) / max(float(np.abs(a).max()), TINY)
