@@ -13,7 +13,6 @@ with that store only. Shards are planned one by one: a row holds pieces of one s
 import contextlib
 import fcntl
 import hashlib
-import json
 import mmap
 import multiprocessing
 import os
@@ -32,7 +31,7 @@ from etils import epath
 
 from crystal_jax import files
 from crystal_jax.config import digest
-from crystal_jax.data.store import MANIFEST, SPLITS, Piece, TokenStore
+from crystal_jax.data.store import MANIFEST, SPLITS, Piece, TokenStore, read_digested
 from crystal_jax.errors import UserError
 
 PARTS = ("rows", "pieces")
@@ -223,16 +222,7 @@ def read_plan(store: TokenStore, length: int) -> dict[str, Any]:
     folder = plan_folder(store, length)
     way_out = (f"run this store's `prepare` command again with --packing=best_fit --sequence_length={length}, which "
                "only adds the plan")
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(files.read_bytes(file))
-        body = {key: value for key, value in manifest.items() if key != "digest"}
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no plan of best_fit packing; {way_out}") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: can't be read ({error}); {way_out}") from error
-    if manifest.get("digest") != digest(body):
-        raise UserError(f"{file}: damaged, its contents don't have the digest it states; {way_out}")
+    manifest = read_digested(folder / MANIFEST, f"{folder}: no plan of best_fit packing; {way_out}", way_out)
     if manifest["store"] != store.fingerprint:
         raise UserError(f"{folder}: planned for store {manifest['store']}, but {store.path} is {store.fingerprint}; "
                         f"{way_out}")

@@ -35,8 +35,7 @@ from crystal_jax.files import Location
 
 __all__ = ["BLOCK", "FORMAT", "MANIFEST", "ORDINALS", "PARTS", "SPLITS", "Documents", "Listed", "Piece",
            "ShardSpan", "ShardWriter", "TokenStore", "TokenView", "describe_tokenizer", "listed",
-           "missing_or_resized", "read_manifest",
-           "size_problem", "tokens_dtype", "write_manifest"]
+           "missing_or_resized", "read_digested", "read_manifest", "size_problem", "tokens_dtype", "write_manifest"]
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -244,17 +243,28 @@ def read_manifest(path: Location) -> dict[str, Any]:
       UserError: no manifest, a damaged one, another format.
     """
     file = files.as_path(path) / MANIFEST
+    missing = f"{file}: missing, so {path} is no finished token store; run `prepare` (again)"
+    manifest = read_digested(file, missing, MADE_AGAIN)
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{file}: format {manifest['format']}; this version reads {FORMAT}; {MADE_AGAIN}")
+    return manifest
+
+
+def read_digested(file: epath.Path, missing: str, way_out: str) -> dict[str, Any]:
+    """A manifest that states its own digest, which has been checked.
+
+    Raises:
+      UserError: no such file (the line `missing`), or a damaged one.
+    """
     try:
         manifest = json.loads(files.read_bytes(file))
         body = {key: value for key, value in manifest.items() if key != "digest"}
     except FileNotFoundError as error:
-        raise UserError(f"{file}: missing, so {path} is no finished token store; run `prepare` (again)") from error
+        raise UserError(missing) from error
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: can't be read ({error}); {MADE_AGAIN}") from error
+        raise UserError(f"{file}: can't be read ({error}); {way_out}") from error
     if manifest.get("digest") != digest(body):
-        raise UserError(f"{file}: damaged, its contents don't have the digest it states; {MADE_AGAIN}")
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{file}: format {manifest['format']}; this version reads {FORMAT}; {MADE_AGAIN}")
+        raise UserError(f"{file}: damaged, its contents don't have the digest it states; {way_out}")
     return manifest
 
 
