@@ -39,8 +39,8 @@ $(DEMO)/data/tokenizer.json: | $(VENV)/installed
 test: lint  ## lint, types and the test suite
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 -m "not drill"
 
-drills: $(VENV)/installed-dev  ## the long exercises: kills, races, the walkthrough
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 -m drill
+drills: $(VENV)/installed-dev  ## the long exercises: kills, faults, races; their table goes into docs/reliability.md
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 -m drill --drills-table=docs/reliability.md
 
 # Exported folders must load in these too, each in an environment of its own: no two of them fit into one.
 OLDER := $(foreach version,4.46.3 4.57.6,$(VENV)-transformers-$(version)/installed)
@@ -78,9 +78,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/data.txt requirements/dev.
 lock: LOCK = uv pip compile -q --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
              --custom-compile-command='make lock' $(LOCK_FLAGS)
 lock:  ## write the hashed requirements from pyproject.toml (needs uv)
-	$(LOCK) pyproject.toml --extra=seqio --extra=beam --extra=gcs --extra=fast --extra=gguf -o requirements/data.txt
+	$(LOCK) pyproject.toml --extra=seqio --extra=beam --extra=gcs --extra=fast --extra=gguf --extra=eval -o requirements/data.txt
 	$(LOCK) pyproject.toml -c requirements/data.txt -o requirements.txt
 	$(LOCK) --group=dev -c requirements/data.txt -o requirements/dev.txt
+	$(LOCK) pyproject.toml --extra=gcs --extra=tpu -c requirements/data.txt -o requirements/tpu.txt
 
 clean:  ## remove .venv, caches and the demo
 	rm -rf $(VENV) $(VENV)-transformers-* demo build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

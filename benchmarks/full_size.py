@@ -92,7 +92,7 @@ class DryRun:
             batch = self.batches[step]
         rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
         same = [bool(np.array_equal(rows[draw.slot], self.written(draw))) for draw in draws]
-        parts = [Batches(self.config, self.stores, host, HOSTS)[step] for host in (0, HOSTS - 1)]
+        parts = [Batches(self.config, self.stores, [host], HOSTS)[step] for host in (0, HOSTS - 1)]
         share = len(rows) // HOSTS
         names = sorted(self.config.sources)
         return {
@@ -125,7 +125,7 @@ class DryRun:
     def seek(self) -> list[float]:
         """Milliseconds to the rows of one host at steps all over the run."""
         steps = np.random.default_rng(1).integers(0, len(self.batches), SEEKS)
-        host = Batches(self.config, self.stores, 1, HOSTS)
+        host = Batches(self.config, self.stores, [1], HOSTS)
         times = []
         for step in steps.tolist():
             draws = self.batches.draws(step)

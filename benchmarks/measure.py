@@ -1,6 +1,12 @@
-"""What benchmarks read of their own process: memory, and time by both clocks."""
+"""What benchmarks read of their own process: memory, and time by both clocks; and ways compared in fresh processes."""
 
 import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 STATUS = Path("/proc/self/status")
 WALL_SECONDS = 20.0
 """After which a loader that waits for others is stopped."""
@@ -64,6 +71,36 @@ def peak_anonymous(seconds: float = 0.005) -> Iterator[Peak]:
     finally:
         done.set()
         watcher.join()
+
+
+def measure_way(way: Callable[[Path, str, Path], None], source: Path, form: str) -> dict[str, float]:
+    """Of one way(source, form, output) in this process, which has imported all it needs."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as place, peak_anonymous() as peak, clocked() as clock:
+        way(source, form, Path(place) / "out")
+    return {"seconds": clock.wall, "cpu_seconds": clock.cpu, "before": peak.before, "highest": peak.highest}
+
+
+def compare(module: str, ways: list[str], rounds: int, arguments: list[str]) -> dict[str, dict[str, float]]:
+    """Way to the median of each figure that `python -m MODULE --way=WAY ARGUMENTS` gives as JSON in its last line.
+
+    The ways take turns, each time in a fresh process.
+    """
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, values in found.items():
+            done = subprocess.run([sys.executable, "-m", module, f"--way={way}", *arguments], cwd=ROOT,
+                                  stdout=subprocess.PIPE, text=True, check=True)
+            values.append(json.loads(done.stdout.splitlines()[-1]))
+    return {way: {key: statistics.median(each[key] for each in values) for key in values[0]}
+            for way, values in found.items()}
+
+
+def render(found: dict[str, dict[str, float]]) -> str:
+    """The table of `compare` over `measure_way`, and the machine's load, which says whether the seconds mean much."""
+    lines = ["| way | s (CPU-s) | anonymous memory MiB, highest | above what imports took |", "|---|---|---|---|"]
+    lines += [f"| {way} | {value['seconds']:.1f} ({value['cpu_seconds']:.1f}) | {value['highest']:.0f} | "
+              f"{value['highest'] - value['before']:.0f} |" for way, value in found.items()]
+    return "\n".join([*lines, f"load average of the last minute: {os.getloadavg()[0]:.1f}"])
 
 
 @dataclass

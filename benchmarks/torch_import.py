@@ -10,15 +10,12 @@ memory is RssAnon, which leaves out pages of files. DIR keeps the folder.
 
 import argparse
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.export import ROOT, SMALL, draw, render
-from benchmarks.measure import clocked, peak_anonymous
+from benchmarks.export import SMALL, draw
+from benchmarks.measure import compare, measure_way, render
 
 
 def build(folder: Path, form: str) -> None:
@@ -68,25 +65,7 @@ def measure(way: str, folder: Path, form: str) -> dict[str, float]:
     import crystal_jax.checkpoint
     import crystal_jax.convert.importer  # noqa: F401
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place, peak_anonymous() as peak, clocked() as clock:
-        WAYS[way](folder, form, Path(place) / "out")
-    return {"seconds": clock.wall, "cpu_seconds": clock.cpu, "before": peak.before, "highest": peak.highest}
-
-
-def compare(folder: Path, form: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Way to the median of each figure over the rounds, in which the ways take turns."""
-    published = folder / form
-    if not published.exists():
-        build(published, form)
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way, values in found.items():
-            command = [sys.executable, "-m", "benchmarks.torch_import", f"--input={published}", f"--way={way}",
-                       f"--form={form}"]
-            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            values.append(json.loads(done.stdout.splitlines()[-1]))
-    return {way: {key: statistics.median(each[key] for each in values) for key in values[0]}
-            for way, values in found.items()}
+    return measure_way(WAYS[way], folder, form)
 
 
 def main() -> None:
@@ -101,7 +80,11 @@ def main() -> None:
         print(json.dumps(measure(args.way, args.input, args.form)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        print(render(compare(Path(args.folder or temporary), args.form, args.rounds)))
+        published = Path(args.folder or temporary) / args.form
+        if not published.exists():
+            build(published, args.form)
+        print(render(compare("benchmarks.torch_import", list(WAYS), args.rounds,
+                             [f"--input={published}", f"--form={args.form}"])))
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ from crystal_jax import sharding
 from crystal_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from crystal_jax.model import Crystal, init_params
 from crystal_jax.optimizer import make_optimizer
-from crystal_jax.train import TrainState, make_train_step
+from crystal_jax.update import TrainState, make_train_step
 
 LAYERS, DIM, HEADS, MLP, VOCAB, LENGTH, BATCH = 4, 256, 8, 688, 4096, 256, 8
 STEPS = 3
 
 
 def ours(dtype: str, remat: str, unroll: int):
-    config = ModelConfig(VOCAB, DIM, LAYERS, HEADS, MLP, LENGTH, rotary_dim=8)
+    config = ModelConfig(vocab_size=VOCAB, embed_dim=DIM, num_layers=LAYERS, num_heads=HEADS, mlp_dim=MLP,
+                         max_length=LENGTH, rotary_dim=8)
     mesh = sharding.make_mesh(MeshConfig())
     jax.set_mesh(mesh)
     model = Crystal(config, dtype, remat, unroll)

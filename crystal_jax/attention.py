@@ -3,6 +3,8 @@
 Scores are divided by head_dim to the family's power (muP: 1, not 1/2); the softmax runs in float32 or wider.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,13 +54,20 @@ def _attend(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.A
     return (mixed_BNTH / total_BNT1).astype(q_BNTH.dtype)
 
 
-def causal_mask(length: int, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-    """[B or 1, 1, T, T]: a query sees itself and what lies before it, inside its own document if ids are given."""
+def causal_mask(length: int, segment_ids_BT: jax.Array | None = None,
+                branch_ids_BT: jax.Array | None = None) -> jax.Array:
+    """[B or 1, 1, T, T]: a query sees itself and what lies before it, inside its own document if ids are given.
+
+    With branches a document is a stem, branch 0, and continuations of it that see the stem and themselves only.
+    """
     index = jnp.arange(length)
     mask = (index[:, None] >= index[None, :])[None, None]
-    if segment_ids_BT is None:
-        return mask
-    return mask & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+    if segment_ids_BT is not None:
+        mask = mask & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
+    if branch_ids_BT is not None:
+        key_B11T = branch_ids_BT[:, None, None, :]
+        mask = mask & ((key_B11T == 0) | (key_B11T == branch_ids_BT[:, None, :, None]))
+    return mask
 
 
 class Attention(nnx.Module):
@@ -81,7 +90,8 @@ class Attention(nnx.Module):
                  at: jax.Array | None = None) -> tuple[jax.Array, KV]:
         """The output [B, T, D] and the keys and values it attended to.
 
-        With a `cache` [B, K, S, H] the T new keys are written at slot `at` (a scalar) and all S slots are attended to.
+        With a `cache` [B, K, S, H] the T new keys of each row are written from its slot `at` [B] on, and all S slots
+        are attended to.
         """
         q_BNTH = project("btd,dnh->bnth", x_BTD, self, "q", ("batch", "heads", "length", None))
         kv: Axes = ("batch", _kv_axis(self.config), "length", None)
@@ -91,11 +101,9 @@ class Attention(nnx.Module):
             matrix = rotary_matrix(self.config)
             q_BNTH, k_BKTH = rotate(q_BNTH, *rotary, matrix), rotate(k_BKTH, *rotary, matrix)
         if cache is not None:
-            assert at is not None, "a cache is written at a slot"
-            k_BKTH, v_BKTH = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=2)
-                for old, new in zip(cache, (k_BKTH, v_BKTH), strict=True)
-            )
+            assert at is not None, "a cache is written at slots"
+            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
+            k_BKTH, v_BKTH = write(cache[0], k_BKTH, at), write(cache[1], v_BKTH, at)
         mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), mask, causal=cache is None,
                                power=self.config.choices.attention_power)
         out_BTD = project("bnth,nhd->btd", mixed_BNTH, self, "o", ("batch", "length", "embed"))
@@ -116,5 +124,9 @@ def _kv_axis(config: ModelConfig) -> str:
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> KV:
     """Zeros [L, B, K, S, H] for keys and for values."""
     shape = (config.num_layers, batch, config.kv_heads, slots, config.head_dim)
-    axes = sharding.used("layers", "batch", _kv_axis(config), "length", None)
-    return jnp.zeros(shape, dtype, out_sharding=axes), jnp.zeros(shape, dtype, out_sharding=axes)
+    layout = cache_layout(config)
+    return jnp.zeros(shape, dtype, out_sharding=layout), jnp.zeros(shape, dtype, out_sharding=layout)
+
+
+def cache_layout(config: ModelConfig) -> jax.sharding.PartitionSpec | None:
+    return sharding.used("layers", "batch", _kv_axis(config), "length", None)

@@ -5,19 +5,13 @@ means restart. Only the module of the command that is asked for is imported.
 """
 
 import argparse
-import errno
 import importlib
 import logging
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from crystal_jax.errors import UserError
-
-OURS = 70
-"""Exit code of an error that isn't the user's: a restart may help."""
-INTERRUPTED = 130
+from crystal_jax.errors import UserError, explain
 
 COMMANDS = {
     "prepare": ("crystal_jax.data.prepare", "raw documents to a token store"),
@@ -27,9 +21,12 @@ COMMANDS = {
     "recipe": ("crystal_jax.recipe", "show the plan of a config"),
     "train": ("crystal_jax.train", "train, or continue a run"),
     "inspect": ("crystal_jax.inspect", "what a step saw, which steps saw a document, what was consumed"),
+    "replay": ("crystal_jax.replay", "make steps of a run again and compare them bit for bit"),
     "report": ("crystal_jax.report", "pictures and a page from a run's metrics"),
     "score": ("crystal_jax.score", "log-probabilities of given tokens"),
     "generate": ("crystal_jax.generate", "complete text or code, fill in the middle"),
+    "evaluate": ("crystal_jax.evaluation.command", "losses, benchmarks, code and infilling, over a run's checkpoints"),
+    "execute": ("crystal_jax.execute", "score generated code in a sandbox"),
     "convert": ("crystal_jax.convert.command", "PyTorch checkpoints in and out"),
 }
 
@@ -45,29 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv and argv[0] in COMMANDS else ""
-    # Orbax logs there what it also raises, and warns of metadata that no one needs.
-    for logger in ("absl", "asyncio"):
+    # Orbax and the clients of gs:// log there what they also raise, and warn of metadata that no one needs.
+    for logger in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops
     try:
         return _run(argv, name)
-    except UserError as error:
-        print(f"crystal-jax {name}: {error}".replace(" :", ":", 1), file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # `crystal-jax ... | head` closed our output: nothing is left to say.
-        sys.stderr.close()
-        return 0
-    except KeyboardInterrupt:
-        print(f"crystal-jax {name}: interrupted; the same command goes on where it was", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"crystal-jax {name}: {error.filename or 'the output'}: no space left on the device; what was "
-                  "finished is whole: free some space and give the same command again", file=sys.stderr)
-            return UserError.exit_code
-        traceback.print_exc()
-        return OURS
+    except (Exception, KeyboardInterrupt) as error:
+        return explain(name, error)
 
 
 def _run(argv: list[str], name: str) -> int:

@@ -195,6 +195,9 @@ class DataConfig:
     """Whether attention and positions begin anew at each document; as published they don't."""
     shuffle: bool = True
     """Whether each epoch of a source is read in an order of its own; without it, as it was prepared."""
+    skip: list[list[int]] = field(default_factory=list)
+    """[first step, steps] of each stretch of data that is passed over: the update of that number, as the log counts,
+    reads on behind what it and the next ones would have read."""
     check_blocks: bool = False
     """Whether each block of a store is compared with its checksum when it is first read."""
 
@@ -223,15 +226,30 @@ class TrainingConfig:
     eval_every: int = 1000
     eval_sequences: int = 256
     """Held-out sequences per domain."""
-    skip_nonfinite: int = 3
-    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    fingerprint_every: int = 100
+    """Steps between fingerprints of the state in the log, for which the devices' copies are compared."""
+    hang_seconds: float = 120.0
+    """Without a step, after which a process ends itself and names the line it hangs at; ten times as long for whatever
+    takes longer than steps."""
+    spike_window: int = 128
+    """Taken updates that the limits of a loss and a gradient norm are drawn from; 0 for no limits."""
+    spike_factor: float = 10.0
+    """Deviations above their level at which an update is skipped; see spikes.py."""
+    skips_in_a_row: int = 3
+    """Updates in a row that may be skipped, for a spike or for what isn't finite, before the run stops."""
 
 
 @dataclass
 class CheckpointConfig:
     every_steps: int = 250
     """Between rolling full states."""
+    every_minutes: float = 0.0
+    """Between rolling full states, by the clock, beside every_steps; 0 for never."""
     keep_last: int = 3
+    keep_public_every: int = 0
+    """Each so many permanent checkpoints one keeps its full state, as each phase's last does; 0 for none."""
+    slow_save_seconds: float = 600.0
+    """After which a save in the background is reported at each log line; one that takes ten times as long fails."""
     export_dtype: str = "bfloat16"
     """Of the permanent checkpoints."""
 

@@ -1,6 +1,8 @@
 """Reading configs/*.py with overrides from the command line: `--config=FILE[:VARIANT] --config.a.b=VALUE`."""
 
+import contextlib
 import dataclasses
+import json
 import re
 import sys
 import types
@@ -17,7 +19,8 @@ from crystal_jax.config import Config, nearest
 from crystal_jax.errors import UserError
 from crystal_jax.rules import validate
 
-RULES = {int: "a whole number", float: "a number", bool: "true or false"}
+RULES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false",
+                         list[list[int]]: "a list of pairs, as in [[9,6]]"}
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> Config:
@@ -109,6 +112,9 @@ def _parse(hint: Any, text: str, override: str) -> Any:
             return hint(text)
         except ValueError:
             pass
+    if hint == list[list[int]]:
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
     if hint not in RULES:
         raise UserError(f"{override}: a whole {getattr(hint, '__name__', hint)} can't be set here; set its fields one "
                         "by one, or in the config file")

@@ -42,7 +42,7 @@ class HeldOut:
         return {"heldout": result, "seconds": time.perf_counter() - began}
 
     def _loss(self, params: Params, rows: np.ndarray) -> float:
-        total = 0.0
+        total, slots = 0.0, sharding.Part.of(self.mesh).slots(self.batch_size)
         for first in range(0, len(rows), self.batch_size):
             chosen = rows[first : first + self.batch_size]
             # The last batch is filled up with masked copies: one shape, one compilation.
@@ -52,7 +52,8 @@ class HeldOut:
             batch = {"inputs": padded[:, :-1], "targets": padded[:, 1:], "mask": mask}
             if self.documents is not None:
                 batch["segment_ids"], batch["positions"] = self.documents(batch["inputs"])
-            total += float(self._nll(params, sharding.put_batch(self.mesh, batch))) * mask.size
+            mine = {name: values[slots] for name, values in batch.items()}
+            total += float(self._nll(params, sharding.put_batch(self.mesh, mine))) * mask.size
         return total / rows[:, 1:].size
 
 

@@ -64,7 +64,7 @@ def _can_gs() -> bool:
     return True
 
 
-def _gcsfs() -> Any:
+def gcsfs() -> Any:
     """The client that epath uses: an object appears when its last byte is there."""
     import fsspec
 
@@ -79,7 +79,7 @@ def write_bytes(path: Location, data: bytes) -> None:
     """Writes the whole file or leaves the old one; folders are made."""
     target = as_path(path)
     if is_remote(target):
-        _gcsfs().pipe_file(os.fspath(target), data)
+        gcsfs().pipe_file(os.fspath(target), data)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(target)
@@ -108,7 +108,7 @@ def read_bytes(path: Location) -> bytes:
     place = as_path(path)
     if not is_remote(place):
         return place.read_bytes()
-    store, key = _kvstore(place)
+    store, key = kvstore(place)
     try:
         found = store.read(key).result()
     except ValueError as error:
@@ -140,11 +140,38 @@ def read_json(path: Location) -> Any:
         raise UserError(f"{path}: {error}; the file is missing or damaged") from error
 
 
+def remove(path: Location) -> None:
+    """Removes a file, if it is there."""
+    place = as_path(path)
+    if not is_remote(place):
+        place.unlink(missing_ok=True)
+        return
+    store, key = kvstore(place)
+    store.write(key, None).result()
+
+
+def move_folder(source: epath.Path, target: epath.Path, first: str) -> None:
+    """Moves a folder to where there is none.
+
+    On gs:// all is copied, `first` at the end, then removed, `first` before the rest: the file without which a folder
+    isn't taken for whole. So a kill leaves one whole folder, or two, and it may be done again.
+    """
+    if not is_remote(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    others = sorted(list_files(source) - {first})
+    for name in [*others, first]:
+        gcsfs().copy(os.fspath(source / name), os.fspath(target / name))
+    for name in [first, *others]:
+        remove(source / name)
+
+
 def publish(local: pathlib.Path, target: Location) -> None:
     """A finished local file becomes `target`: moved, or copied and then removed; folders are made."""
     place = as_path(target)
     if is_remote(place):
-        _gcsfs().put_file(os.fspath(local), os.fspath(place))  # in chunks; the last one makes it exist
+        gcsfs().put_file(os.fspath(local), os.fspath(place))  # in chunks; the last one makes it exist
         local.unlink()
         return
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +210,7 @@ def list_files(folder: epath.Path) -> set[str]:
         return {pathlib.PurePath(os.path.relpath(path, root)).as_posix() for path in found}
     import tensorstore as ts
 
-    store, prefix = _kvstore(folder)
+    store, prefix = kvstore(folder)
     prefix = prefix.rstrip("/") + "/"
     try:
         found = store.list(ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()  # "0" follows "/"
@@ -214,7 +241,7 @@ class _Read:
 
     def __init__(self, path: Location, start: int, length: int) -> None:
         self._range = path, start, length
-        store, key = _kvstore(path)
+        store, key = kvstore(path)
         self._future = store.read(key, byte_range=slice(start, start + length))
 
     def result(self) -> bytes:
@@ -232,13 +259,18 @@ class _Read:
         return found.value
 
 
-def _kvstore(path: Location) -> tuple[Any, str]:
+def kvstore(path: Location) -> tuple[Any, str]:
     """The store that a path lies in, and its key there."""
-    text = os.fspath(path)
-    if not is_remote(text):
-        return _open_kvstore("file"), os.path.abspath(text).removeprefix("/")
-    bucket, _, key = text.removeprefix("gs://").partition("/")
+    if not is_remote(path):
+        return _open_kvstore("file"), os.path.abspath(path).removeprefix("/")
+    bucket, key = split(path)
     return _open_kvstore(bucket), key
+
+
+def split(path: Location) -> tuple[str, str]:
+    """(bucket, name in it) of an object on gs://."""
+    bucket, _, key = os.fspath(path).removeprefix("gs://").partition("/")
+    return bucket, key
 
 
 @functools.cache
@@ -249,7 +281,7 @@ def _open_kvstore(bucket: str) -> Any:
     return ts.KvStore.open(spec).result()
 
 
-def exists(file: epath.Path) -> bool:
+def exists(file: Location) -> bool:
     """Whether there is such a file; asks the storage itself, epath may answer from a listing on gs:// that it kept."""
     try:
         read_bytes(file)

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: completion and filling in the middle, with a KV cache and static shapes.
+"""Text from a checkpoint: completion and filling in the middle, one prompt at a time.
 
 A sample's text depends on its prompt, the seed and its number only, never on what is sampled beside it.
 """
@@ -6,23 +6,16 @@ A sample's text depends on its prompt, the seed and its number only, never on wh
 import argparse
 import json
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
-from crystal_jax.attention import empty_cache
 from crystal_jax.checkpoint import Weights, load_weights
 from crystal_jax.data.fim import fim_prompt
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.model import Crystal, Params
-
-BUCKET = 64
-"""Prompts are filled up to a multiple of this, so that lengths share compiled programs."""
+from crystal_jax.model import Crystal
+from crystal_jax.sampling import Request, Sampler
 
 
 @dataclass(frozen=True)
@@ -43,14 +36,6 @@ class Sampling:
                                   ("num_samples", "above 0", self.num_samples > 0)):
             if not holds:
                 raise UserError(f"--{name}: {getattr(self, name)} must be {rule}")
-
-
-class Knobs(NamedTuple):
-    """The part of Sampling that compiled programs take as arguments."""
-
-    temperature: ArrayLike
-    top_p: ArrayLike
-    seed: ArrayLike
 
 
 class Generator:
@@ -91,70 +76,10 @@ class Generator:
         if sampling.max_tokens > room:
             raise UserError(f"--max_tokens: {sampling.max_tokens} after a prompt of {len(prompt)} tokens is more than "
                             f"the model's context of {self.config.max_length}; at most {max(room, 0)} fit")
-        length = -(-len(prompt) // BUCKET) * BUCKET
-        ids = np.zeros((sampling.num_samples, length), np.int32)
-        ids[:, : len(prompt)] = prompt
-        knobs = Knobs(np.float32(sampling.temperature), np.float32(sampling.top_p), np.int32(sampling.seed))
-        found = np.asarray(_generate(self.model, self.tokenizer.eos_id, sampling.max_tokens, self.params, ids,
-                                     np.int32(len(prompt)), knobs))
-        return [_until(row.tolist(), self.tokenizer.eos_id) for row in found]
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model: Crystal, eos_id: int, max_tokens: int, params: Params, prompt_BP: jax.Array, length: jax.Array,
-              knobs: Knobs) -> jax.Array:
-    """Ids [B, max_tokens]; what follows a row's </s> is </s>.
-
-    Slots of the cache: 0..P-1 the prompt, of which the first `length` count, then one for each new token.
-    """
-    bound = model.bind(params)
-    B, P = prompt_BP.shape
-    slot_S = jnp.arange(P + max_tokens)
-    position_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
-    prompt_mask = (slot_S[None, :] <= jnp.arange(P)[:, None])[None, None]
-    cache = empty_cache(model.config, B, P + max_tokens, jnp.dtype(model.dtype))
-    hidden_BPD, cache = bound.extend(prompt_BP, position_BP, prompt_mask, cache, jnp.int32(0))
-    last_B1D = jax.lax.dynamic_slice_in_dim(hidden_BPD, length - 1, 1, axis=1)
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(knobs.seed), row))(jnp.arange(B))
-
-    def sample(hidden_B1D: jax.Array, t: jax.Array, ended_B: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys_B)
-        ids_B = _sample(bound.logits(hidden_B1D)[:, 0], keys, knobs.temperature, knobs.top_p)
-        return jnp.where(ended_B, eos_id, ids_B).astype(jnp.int32)
-
-    def more(carry: tuple[Any, ...]) -> jax.Array:
-        t, ended_B = carry[0], carry[1]
-        return (t < max_tokens) & ~jnp.all(ended_B)
-
-    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        t, _, out_BM, cache = carry
-        ids_B = jax.lax.dynamic_slice_in_dim(out_BM, t - 1, 1, axis=1)[:, 0]
-        mask = (slot_S < length) | ((slot_S >= P) & (slot_S < P + t))
-        positions_B1 = jnp.full((B, 1), length + t - 1)
-        hidden_B1D, cache = bound.extend(ids_B[:, None], positions_B1, mask[None, None, None], cache, P + t - 1)
-        ids_B = sample(hidden_B1D, t, ids_B == eos_id)
-        return t + 1, ids_B == eos_id, jax.lax.dynamic_update_slice_in_dim(out_BM, ids_B[:, None], t, axis=1), cache
-
-    first_B = sample(last_B1D, jnp.int32(0), jnp.zeros(B, bool))
-    out_BM = jnp.full((B, max_tokens), eos_id, jnp.int32).at[:, 0].set(first_B)
-    return jax.lax.while_loop(more, step, (jnp.int32(1), first_B == eos_id, out_BM, cache))[2]
-
-
-def _sample(logits_BV: jax.Array, keys_B: jax.Array, temperature: ArrayLike, top_p: ArrayLike) -> jax.Array:
-    """Ids [B]: the most probable at temperature 0, else drawn from the nucleus of probability top_p."""
-    scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-    order_BV = jnp.argsort(-scaled_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
-    # The most probable token always stays, so that the nucleus is never empty.
-    kept_BV = jnp.where((before_BV < top_p) | (jnp.arange(logits_BV.shape[1]) == 0)[None, :], sorted_BV, -jnp.inf)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-    drawn_B = jnp.take_along_axis(order_BV, drawn_B[:, None], axis=-1)[:, 0]
-    return jnp.where(jnp.greater(temperature, 0), drawn_B, jnp.argmax(logits_BV, axis=-1))
+        requests = [Request(tuple(prompt), sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed, n)
+                    for n in range(sampling.num_samples)]
+        found = dict(Sampler(self.model, self.params, self.tokenizer.eos_id)(requests))
+        return [found[n] for n in range(sampling.num_samples)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

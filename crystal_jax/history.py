@@ -9,12 +9,12 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from crystal_jax import files
+from crystal_jax import files, storage
 from crystal_jax.config import Config, digest, from_dict
 from crystal_jax.errors import UserError
 from crystal_jax.phases import Era, Plan, make_plan
@@ -49,7 +49,7 @@ class Record:
         return plan_hash == self.hash or any(plan_hash == known and step <= until for known, until in before)
 
 
-def read_record(run_dir: Path) -> Record:
+def read_record(run_dir: epath.Path) -> Record:
     """The plan.json of a run.
 
     Raises:
@@ -66,7 +66,7 @@ def read_record(run_dir: Path) -> Record:
 class Run:
     """A run as its folder tells it, finished or not."""
 
-    folder: Path
+    folder: epath.Path
     config: Config
     plan: Plan
     starts: list[Line]
@@ -122,15 +122,17 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     Raises:
       UserError: the folder holds no run, or a file of it is damaged.
     """
-    folder = Path(run_dir)
-    if not (folder / "config.json").exists():
+    folder = files.as_path(run_dir)
+    storage.check(folder)
+    if not files.exists(folder / "config.json"):
         raise UserError(f"{folder}: no run (there is no config.json); give the folder that train --run_dir=... wrote")
     recorded = _read_json(folder / "config.json")
     config = validate(from_dict(Config, {key: value for key, value in recorded.items() if key != "versions"}))
     lines = read_metrics(folder / "metrics.jsonl")
     checkpoints = {line["step"]: line for line in lines if line["kind"] == "checkpoint"}
-    if (folder / "manifest.json").exists():
-        checkpoints |= {entry["step"]: entry for entry in _read_json(folder / "manifest.json")["checkpoints"]}
+    if files.exists(folder / "manifest.json"):
+        checkpoints |= {entry["step"]: entry for entry in _read_json(folder / "manifest.json")["checkpoints"]
+                        if entry["exported"]}
     return Run(
         folder, config, make_plan(config, read_record(folder).eras),
         starts=[line for line in lines if line["kind"] == "start"],
@@ -140,7 +142,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     data = files.read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a JSON object; restore it from a copy")
@@ -159,7 +161,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
     kept: list[Line] = []
     seen: set[tuple[str, int]] = set()
     first_later_step = math.inf
-    for line in reversed(_parse(Path(path))):
+    for line in reversed(_parse(files.as_path(path))):
         kind, step = line["kind"], line["step"]
         if kind != "start" and ((kind, step) in seen or step > first_later_step):
             continue
@@ -170,10 +172,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
     return kept[::-1]
 
 
-def _parse(path: Path) -> list[Line]:
+def _parse(path: epath.Path) -> list[Line]:
     """Every whole line. A killed process may leave half a line: the file's last, or one just before a "start"."""
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; a run that has begun has one") from None
     texts = data.split(b"\n")

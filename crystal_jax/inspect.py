@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from crystal_jax import files
 from crystal_jax.config import Config, Phase
 from crystal_jax.data.pipeline import Batch, Batches, Stores, batch_hash
 from crystal_jax.data.provenance import Occurrence, Provenance, Sequence
@@ -62,7 +63,7 @@ def open_run(run_dir: str | Path) -> Subject:
     Raises:
       UserError: no run there; a store or tokenizer that is missing, or isn't the one that the run has read.
     """
-    run, record = load_run(run_dir), read_record(Path(run_dir))
+    run, record = load_run(run_dir), read_record(files.as_path(run_dir))
     stores = Stores(run.config, record.eras)
     read, now = record.plan["fingerprints"], stores.fingerprints()
     if changed := [name for name in {**read, **now} if read.get(name) != now.get(name)]:
@@ -207,6 +208,7 @@ def describe_counts(subject: Subject, step: int | None = None) -> dict[str, Any]
             sources.append({"name": name, "sequences": given[name], "tokens": given[name] * length,
                             "share": given[name] / total, "recipe_share": share,
                             "off": given[name] - share * total, "available": rows,
+                            "passed_over": segment.passed.get(name, 0),
                             "epochs": (reading.cursor + given[name]) / rows if rows else None})
         phases.append({"name": segment.phase.name, "first_step": segment.start + 1, "last_step": min(done, segment.end),
                        "end_step": segment.end, "sources": sources})

@@ -130,6 +130,9 @@ def render_counts(found: dict[str, Any]) -> str:
     for phase in found["phases"]:
         ends = "" if phase["last_step"] == phase["end_step"] else f"; it ends at {phase['end_step']:,}"
         title = f"{phase['name']}  steps {phase['first_step']:,} to {phase['last_step']:,}{ends}"
+        if passed := [f"{source['passed_over']:,} of {source['name']}" for source in phase["sources"]
+                      if source["passed_over"]]:
+            title += f"; passed over before it: {', '.join(passed)}"
         rows = [("source", "sequences", "tokens", "share", "recipe", "off", "epochs")]
         rows += [(source["name"], f"{source['sequences']:,}", f"{source['tokens']:,}", f"{source['share']:.4%}",
                   f"{source['recipe_share']:.4%}", f"{source['off']:+.1f}",

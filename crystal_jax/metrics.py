@@ -1,4 +1,4 @@
-"""metrics.jsonl, the source of truth about a run, and its copy as TensorBoard events.
+"""metrics.jsonl, the source of truth about a run, and the copy of a local one as TensorBoard events.
 
 Append-only: after a resume, steps that were lost are written again, and the last line of a (kind, step) counts.
 """
@@ -8,10 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from io import FileIO
 from typing import Any
 
 import numpy as np
+from etils import epath
+
+from crystal_jax import files
+from crystal_jax.objects import Appender
 
 # Where torch is installed, tensorboardX imports it, for 1.6 s, to accept its tensors; a None in sys.modules hides it.
 _HIDE_TORCH = "torch" not in sys.modules
@@ -26,36 +30,53 @@ if _HIDE_TORCH:
 
 
 class MetricsLog:
-    """Appends records; each line is flushed, so that a kill loses at most the line being written."""
+    """Appends records; a kill loses at most the line being written, on gs:// those of the last second or two."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: epath.Path):
         path = run_dir / "metrics.jsonl"
+        self._file: Appender | FileIO
+        self._events: EventsWriter | None = None
+        if files.is_remote(run_dir):
+            self._file = Appender(path)
+            return
         _end_last_line(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         (run_dir / "tensorboard").mkdir(exist_ok=True)
         # The writer without a thread: an error must surface here, and a few scalars need no queue.
         self._events = EventsWriter(str(run_dir / "tensorboard" / "events"))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Appends a record; on gs:// in the background.
+
+        Raises:
+          Exception: what went wrong in the background with an earlier one.
+        """
         now = time.time()
-        self._file.write(json.dumps({"kind": kind, "step": step, **values, "time": now}) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps({"kind": kind, "step": step, **values, "time": now}).encode() + b"\n")
+        if self._events is None:
+            return
         for name, value in _scalars(kind, values):
             self._events.write_event(Event(wall_time=now, step=step, summary=scalar(name, value)))
         self._events.flush()
 
+    def flush(self) -> None:
+        """Waits until all records are in the file: before a state is saved that goes on behind them."""
+        self._file.flush()
+
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
-def _end_last_line(path: Path) -> None:
+def _end_last_line(path: epath.Path) -> None:
     """Puts the next record on a line of its own after a kill in mid-line."""
-    if path.exists() and path.stat().st_size:
+    if path.exists():
         with open(path, "r+b") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+            if file.seek(0, 2):
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
 
 def _scalars(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -94,7 +115,7 @@ class Interval:
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         self.steps += 1
-        if not metrics["finite"]:
+        if not metrics["taken"]:
             self.skipped += 1
             return
         self.loss += float(metrics["loss"])

@@ -75,16 +75,18 @@ class Crystal(nnx.Module):
         return specs
 
     def hidden(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
-               segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """The final, normalised stream [B, T, D] for tokens [B, T]."""
+               segment_ids_BT: jax.Array | None = None, branch_ids_BT: jax.Array | None = None) -> jax.Array:
+        """The final, normalised stream [B, T, D] for tokens [B, T]; for segments and branches see `causal_mask`."""
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1])[None, :]
-        return self.final_norm(self.stream(self.embedded(ids_BT, positions_BT), positions_BT, segment_ids_BT))
+        h_BTD = self.embedded(ids_BT, positions_BT)
+        return self.final_norm(self.stream(h_BTD, positions_BT, segment_ids_BT, branch_ids_BT))
 
-    def stream(self, h_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+    def stream(self, h_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None,
+               branch_ids_BT: jax.Array | None = None) -> jax.Array:
         """The stream [B, T, D] that leaves the last layer, for the one that enters the first."""
         rotary = rotary_tables(self.config, positions_BT, self._wide)
-        mask = causal_mask(h_BTD.shape[1], segment_ids_BT)
+        mask = causal_mask(h_BTD.shape[1], segment_ids_BT, branch_ids_BT)
 
         def layer(h_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return block(h_BTD, rotary, mask)[0], None
@@ -119,7 +121,8 @@ class Crystal(nnx.Module):
 
     def extend(self, ids_BT: jax.Array, positions_BT: jax.Array, mask: jax.Array, cache: KV,
                at: jax.Array) -> tuple[jax.Array, KV]:
-        """The normalised stream [B, T, D] of T more tokens, and the cache [L, B, N, S, H] with them at slot `at`.
+        """The normalised stream [B, T, D] of T more tokens, and the cache [L, B, K, S, H] with them from slot
+        `at` [B] on.
 
         `mask` [B, 1, T, S] says which slots each of them sees.
         """

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, Source, Subset
@@ -81,9 +81,10 @@ class Era:
 
 @dataclass(frozen=True)
 class Segment:
-    """Updates of one phase whose sources are dealt out by one set of quotas: a phase, or its part after an amendment.
+    """Updates of one phase whose sources are dealt out by one set of quotas: a phase, or its part after an amendment
+    or behind data that was passed over.
 
-    A segment that an amendment cut short keeps the quotas of its full length: what it has dealt stays as it was.
+    A deal that was cut short keeps the quotas of its full length: what it has dealt stays as it was.
     """
 
     phase: Phase
@@ -95,6 +96,11 @@ class Segment:
     """Global step of its first update."""
     steps: int
     quotas: dict[str, int]
+    """Sequences per source of the whole deal."""
+    begun: int = 0
+    """Steps of the deal that an earlier segment has made: an amendment that leaves the mix goes on with its deal."""
+    passed: dict[str, int] = field(default_factory=dict)
+    """Sequences of each source that are passed over just before it (config.data.skip)."""
 
     @property
     def end(self) -> int:
@@ -102,8 +108,13 @@ class Segment:
 
     def given(self, step: int) -> dict[str, int]:
         """Sequences that each source has given to this segment before the update at global `step`."""
-        done = min(max(step - self.start, 0), self.steps)
-        return dealt(self.quotas, done * self.phase.global_batch_size)
+        return self.stretch(0, min(max(step - self.start, 0), self.steps))
+
+    def stretch(self, first: int, last: int) -> dict[str, int]:
+        """Sequences per source in the deal's steps from `first` to `last`, both counted from `start`."""
+        before, after = (dealt(self.quotas, (self.begun + step) * self.phase.global_batch_size)
+                         for step in (first, last))
+        return {name: after[name] - before[name] for name in after}
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Plan:
 
     phases: tuple[PhasePlan, ...]
     segments: tuple[Segment, ...]
-    """One per phase, and one more for every amendment in the middle of one."""
+    """One per phase, and one more for every amendment and every skip in the middle of one."""
     sequence_length: int
 
     @property
@@ -166,6 +177,13 @@ class Plan:
         placed, phase_step = self.at(step)
         deciding = [segment.phase for segment in self.segments if segment.start <= step < segment.end]
         return learning_rate((deciding or [placed.phase])[0].lr, phase_step)
+
+    def settled(self, step: int) -> int:
+        """Global step since which the phase that decides the update at global `step` has been as it is."""
+        at = next(index for index, segment in enumerate(self.segments) if segment.start <= step < segment.end)
+        while at and self.segments[at - 1].phase == self.segments[at].phase:
+            at -= 1
+        return self.segments[at].start
 
     def calendar(self) -> dict[int, str]:
         """Global step (updates done) to the folder of its permanent checkpoint, in order."""
@@ -200,7 +218,7 @@ def make_plan(config: Config, eras: Sequence[Era] = ()) -> Plan:
     begun = 0
     for era, recipe in enumerate([*(era.config for era in eras), config]):
         until = eras[era].until if era < len(eras) else None
-        segments += _segments(recipe, era, begun, until)
+        segments += _segments(recipe, era, begun, until, segments[-1] if segments else None)
         begun = until or 0
     placed, start = [], 0
     for index, phase in enumerate(config.phases):
@@ -215,16 +233,41 @@ def make_plan(config: Config, eras: Sequence[Era] = ()) -> Plan:
     return Plan(tuple(placed), tuple(segments), config.data.sequence_length)
 
 
-def _segments(config: Config, era: int, begun: int, until: int | None) -> Iterator[Segment]:
-    """What a recipe decides from the update at `begun` up to, not including, the one at `until`."""
+def _segments(config: Config, era: int, begun: int, until: int | None, left: Segment | None) -> Iterator[Segment]:
+    """What a recipe decides from the update at `begun` up to, not including, the one at `until`.
+
+    left: the segment that is under way at `begun`, of the recipe before; its deal goes on where the mix stays.
+    """
     start = 0
     for index, phase in enumerate(config.phases):
         end = start + phase_steps(phase, config.data.sequence_length)
         first, last = max(start, begun), end if until is None else min(end, until)
         if first < last:
-            counts = quotas(phase.mix, (end - first) * phase.global_batch_size)
-            yield Segment(phase, index, era, first, last - first, counts)
+            segment = _deal(phase, index, era, first, end)
+            if left and first > start and _same_deal(left, segment):
+                segment = replace(segment, quotas=left.quotas, begun=left.begun + left.steps)
+            for number, steps in config.data.skip:
+                at = number - 1
+                if first <= at < last:
+                    if segment.start < at:
+                        yield replace(segment, steps=at - segment.start)
+                    passed = segment.stretch(at - segment.start, at - segment.start + steps)
+                    segment = replace(_deal(phase, index, era, at, end), passed=passed)
+            yield replace(segment, steps=last - segment.start)
         start = end
+
+
+def _deal(phase: Phase, index: int, era: int, start: int, end: int) -> Segment:
+    """A new deal over the rest of a phase."""
+    return Segment(phase, index, era, start, end - start,
+                   quotas(phase.mix, (end - start) * phase.global_batch_size))
+
+
+def _same_deal(left: Segment, segment: Segment) -> bool:
+    """Whether a segment of another recipe would deal out what is left of the one before it, in the same shares."""
+    remaining = sum(left.quotas.values()) - (left.begun + left.steps) * left.phase.global_batch_size
+    return (left.index, left.phase.mix, left.phase.global_batch_size, remaining) == (
+        segment.index, segment.phase.mix, segment.phase.global_batch_size, sum(segment.quotas.values()))
 
 
 def learning_rate(lr: LearningRate, phase_step: int) -> float:

@@ -45,8 +45,8 @@ def draw_all(run: Run) -> dict[str, bytes]:
         for name, (panel, height) in PANELS.items():
             figure = matplotlib.figure.Figure(figsize=(10, height), layout="constrained")
             panel(figure.subplots(), run)
-            pictures[f"{name}.png"] = _png(figure)
-        pictures["report.png"] = _png(_overview(run))
+            pictures[f"{name}.png"] = png(figure)
+        pictures["report.png"] = png(_overview(run))
     return pictures
 
 
@@ -66,7 +66,7 @@ def _overview(run: Run) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -97,7 +97,7 @@ def draw_loss(axes: Axes, run: Run) -> None:
                       ha="right", va="bottom" if above else "top", color=dark, fontsize=8.5,
                       xycoords=axes.get_yaxis_transform(), textcoords="offset points")
         ceilings.append(entropy)
-    _frame(axes, run, "Loss (nats per token)")
+    frame(axes, run, "Loss (nats per token)")
     if max(ceilings) > 0:
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.12 * max(ceilings)))
     else:
@@ -156,7 +156,7 @@ def draw_learning_rate(axes: Axes, run: Run) -> None:
         logged = run.series(partial(_lr_in, placed.phase.name))
         axes.plot(*logged, "o-", color="#1a7f5a", linewidth=2, markersize=_size(len(run.train), 4),
                   label="_" * placed.index + "logged")
-    _frame(axes, run, "Learning rate")
+    frame(axes, run, "Learning rate")
     axes.set_ylim(bottom=0)
     _legend(axes)
 
@@ -182,16 +182,16 @@ def draw_gradient_norm(axes: Axes, run: Run) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda norm, _: f"{norm:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-    _frame(axes, run, "Gradient norm")
+    frame(axes, run, "Gradient norm")
     _legend(axes)
 
 
 def draw_throughput(axes: Axes, run: Run) -> None:
     """Tokens per second of training, evaluation and checkpoints left out."""
     _noisy(axes, *run.series(lambda line: line.get("tokens_per_second")), "#57606a", "tokens per second")
-    _frame(axes, run, "Throughput (tokens per second)")
+    frame(axes, run, "Throughput (tokens per second)")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(_tick)
+    axes.yaxis.set_major_formatter(tick)
 
 
 PANELS: dict[str, tuple[Callable[[Axes, Run], None], float]] = {
@@ -236,7 +236,7 @@ def _noisy(axes: Axes, tokens: np.ndarray, values: np.ndarray, colour: str, labe
     axes.plot(tokens, values, color=colour, linewidth=1.8, label=label, **single)
 
 
-def _frame(axes: Axes, run: Run, title: str) -> None:
+def frame(axes: Axes, run: Run, title: str) -> None:
     """Phase bands with their names, permanent checkpoints as ticks, resumes as dotted lines, tokens along x."""
     end = max(run.tokens, 1) if run.train else run.plan.tokens(run.plan.total_steps)
     across = axes.get_xaxis_transform()
@@ -257,7 +257,7 @@ def _frame(axes: Axes, run: Run, title: str) -> None:
                   transform=across, clip_on=False, zorder=9)
     for step in run.resumed_at:
         axes.axvline(run.plan.tokens(step), color="#cf222e", linewidth=0.9, linestyle=":", zorder=-8)
-    axes.xaxis.set_major_formatter(_tick)
+    axes.xaxis.set_major_formatter(tick)
     axes.set_xlabel("tokens (▲ permanent checkpoint" + (", red dots: resumed)" if run.resumed_at else ")"))
     if not run.train:
         axes.text(0.5, 0.5, "nothing logged yet", transform=axes.transAxes, ha="center", va="center", color=GREY,
@@ -269,7 +269,7 @@ def _size(count: int, few: float) -> float:
     return few * min(1.0, 30 / max(count, 1)) ** 0.5
 
 
-def _tick(value: float, _: object) -> str:
+def tick(value: float, _: object) -> str:
     """2,500,000 as 2.5M."""
     text = human(value)
     return f"{text[:-1].rstrip('0').rstrip('.')}{text[-1]}" if value >= 1000 and "." in text else text

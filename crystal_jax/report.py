@@ -8,9 +8,13 @@ import argparse
 import math
 import os
 import time
-from pathlib import Path
+
+from etils import epath
 
 from crystal_jax import files
+from crystal_jax.compare import write_comparison
+from crystal_jax.errors import UserError
+from crystal_jax.evaluation.walk import read_results
 from crystal_jax.history import Line, Run, load_run
 from crystal_jax.phases import code_share
 from crystal_jax.recipe import human
@@ -19,6 +23,8 @@ from crystal_jax.report_page import cards, header, note, page, picture, section,
 CAPTIONS = {
     "loss": "Training loss per source (mean between two log lines), held-out loss per domain, and the entropy of the "
             "held-out tokens' own frequencies: what a model without context could reach at best.",
+    "evaluations": "What `evaluate --all` measured, one point per permanent checkpoint; dotted and dashed: published "
+                   "models in the same tasks (the Crystal paper, table 2).",
     "mixture": "Tokens per source within each phase: what the recipe asks for and what was read.",
     "learning_rate": "Learning rate of the peak group; dashed as planned.",
     "gradient_norm": "Global norm of the gradient before it is clipped.",
@@ -26,17 +32,20 @@ CAPTIONS = {
 }
 
 
-def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Path:
+def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> epath.Path:
     """Writes the report of a run and returns the path of its report.html; `output` is RUN/report unless given.
 
     Raises:
       UserError: the folder holds no run, or a file of it is damaged.
     """
     from crystal_jax.plots import draw_all
+    from crystal_jax.plots_evaluations import draw_evaluations
 
     run = load_run(run_dir)
-    folder = Path(output) if output else run.folder / "report"
+    folder = files.as_path(output) if output else run.folder / "report"
     pictures = draw_all(run)
+    if (evaluations := draw_evaluations(run, read_results(run_dir))) is not None:
+        pictures["evaluations.png"] = evaluations
     text = make_page(run, pictures)
     for name, data in {**pictures, "report.html": text.encode()}.items():
         files.write_bytes(folder / name, data)
@@ -46,11 +55,14 @@ def write_report(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]
 def make_page(run: Run, pictures: dict[str, bytes]) -> str:
     """The whole page as text, from the run and `plots.draw_all` of it."""
     total = run.plan.total_steps
-    figures = {name: picture(pictures[f"{name}.png"], caption) for name, caption in CAPTIONS.items()}
+    figures = {name: picture(pictures[f"{name}.png"], caption) for name, caption in CAPTIONS.items()
+               if f"{name}.png" in pictures}
+    evaluations = [section("Evaluations", figures["evaluations"])] if "evaluations" in figures else []
     return page(f"{run.config.name}: training report", [
         header(run.config.name, _subtitle(run), run.step / total),
         cards(_facts(run)),
         section("Loss", figures["loss"], _heldout_table(run)),
+        *evaluations,
         section("Mixture", figures["mixture"], _mixture_table(run)),
         section("Optimization", figures["learning_rate"], figures["gradient_norm"]),
         section("Throughput", figures["throughput"]),
@@ -175,9 +187,15 @@ def _start_table(run: Run) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run_dir", required=True, help="the folder that train --run_dir=... wrote")
-    parser.add_argument("--output", help="folder for the report (RUN/report)")
+    parser.add_argument("--run_dir", help="the folder that train --run_dir=... wrote")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="instead: several runs on the same axes")
+    parser.add_argument("--output", help="folder for the report (RUN/report; of a comparison: comparison)")
 
 
 def main(args: argparse.Namespace) -> None:
+    if (args.run_dir is None) == (args.compare is None):
+        raise UserError("--run_dir: give either --run_dir=RUN or --compare RUN1 RUN2 ...")
+    if args.compare:
+        print(write_comparison(args.compare, args.output or "comparison"))
+        return
     print(write_report(args.run_dir, args.output))

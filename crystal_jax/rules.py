@@ -3,6 +3,7 @@
 Invariant: nothing is opened or allocated before `validate` has passed.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -32,6 +33,7 @@ def validate(config: Config) -> Config:
         _one_of(f"config.sources.{name}.domain", source.domain, DOMAINS)
     for index, phase in enumerate(config.phases):
         _check_phase(phase, config, f"config.phases[{index}]")
+    _check_skips(config)
     _check_rest(config)
     return config
 
@@ -110,6 +112,20 @@ def _check_mix(phase: Phase, config: Config, path: str) -> None:
                         f"by {1 - total:+.9g}")
 
 
+def _check_skips(config: Config) -> None:
+    """Each stretch of data that is passed over lies within one phase, behind the one before."""
+    ends = list(itertools.accumulate(phase_steps(phase, config.data.sequence_length) for phase in config.phases))
+    before = 0
+    for index, skip in enumerate(config.data.skip):
+        path = f"config.data.skip[{index}]"
+        require(len(skip) == 2 and skip[1] > 0, path, skip, "a first step, as the log counts, and a number of steps")
+        require(before < skip[0] <= ends[-1], path, skip, f"a first step from {before + 1} to {ends[-1]}, in order")
+        end = next(end for end in ends if skip[0] <= end)
+        require(skip[0] + skip[1] - 1 <= end, path, skip, f"data of one phase, which ends with step {end}; pass over "
+                f"{end - skip[0] + 1} steps here, and the rest from the next phase's first step on")
+        before = skip[0]
+
+
 def _check_rest(config: Config) -> None:
     training, optimizer, checkpoints = config.training, config.optimizer, config.checkpoints
     _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32"))
@@ -117,8 +133,13 @@ def _check_rest(config: Config) -> None:
     _one_of("config.data.fim_mode", config.data.fim_mode, ("local", "crystal", "none"))
     _one_of("config.data.packing", config.data.packing, ("concat", "best_fit"))
     _one_of("config.checkpoints.export_dtype", checkpoints.export_dtype, ("bfloat16", "float32"))
-    _positive(training, "config.training", "unroll", "log_every", "eval_every", "eval_sequences", "skip_nonfinite")
-    _positive(checkpoints, "config.checkpoints", "every_steps", "keep_last")
+    _positive(training, "config.training", "unroll", "log_every", "eval_every", "eval_sequences", "fingerprint_every",
+              "skips_in_a_row", "spike_factor", "hang_seconds")
+    require(training.spike_window >= 0, "config.training.spike_window", training.spike_window, "0 or more")
+    _positive(checkpoints, "config.checkpoints", "every_steps", "keep_last", "slow_save_seconds")
+    for name in ("every_minutes", "keep_public_every"):
+        value = getattr(checkpoints, name)
+        require(value >= 0, f"config.checkpoints.{name}", value, "0 or more")
     _positive(optimizer, "config.optimizer", "eps", "clip_norm")
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)

@@ -4,23 +4,24 @@ import fcntl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from etils import epath
 
-from crystal_jax import __version__, files
+from crystal_jax import __version__, files, storage
 from crystal_jax.amend import amended, set_aside
-from crystal_jax.checkpoint import newest_state
-from crystal_jax.config import Config, check_local, to_dict
+from crystal_jax.config import Config, to_dict
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import UserError
 from crystal_jax.history import Record, read_record
+from crystal_jax.lease import held
+from crystal_jax.states import newest_state
 
 
-def check(run_dir: Path, plan: dict[str, Any], config: Config, amend_from: int | None = None) -> Record:
+def check(run_dir: epath.Path, plan: dict[str, Any], config: Config, amend_from: int | None = None) -> Record:
     """What plan.json is to say, once `run_dir` is a folder that may be begun or continued with `plan`. Writes nothing.
 
     Where a state is saved, what the run began from is in it: `init_from` is taken from the folder then.
@@ -28,11 +29,11 @@ def check(run_dir: Path, plan: dict[str, Any], config: Config, amend_from: int |
     Raises:
       UserError: a folder of something else, or of another plan: the fields that differ; an amendment that can't be.
     """
-    check_local("--run_dir", run_dir)
-    if not (run_dir / "plan.json").exists():
-        # A kill may have left the first files of a run that was just being begun.
-        strangers = [entry.name for entry in run_dir.iterdir()
-                     if entry.name != "tokenizer.json" and not entry.name.startswith(".")] if run_dir.is_dir() else []
+    storage.check(run_dir)
+    if not files.exists(run_dir / "plan.json"):
+        # A kill may have left the first files of a run that was just being begun; launching has its own folder, pod.
+        strangers = [entry.name for entry in run_dir.iterdir() if entry.name not in ("tokenizer.json", "pod")
+                     and not entry.name.startswith(".")] if run_dir.is_dir() else []
         if strangers or (run_dir.exists() and not run_dir.is_dir()):
             raise UserError(f"{run_dir}: not empty and no run's folder (it has no plan.json); name a new one")
         if amend_from is not None:
@@ -54,24 +55,30 @@ def check(run_dir: Path, plan: dict[str, Any], config: Config, amend_from: int |
     return amended(run_dir, known, plan, changes, config, amend_from)
 
 
-def begin(run_dir: Path, record: Record, config: Config, tokenizer: Path) -> None:
+def begin(run_dir: epath.Path, record: Record, config: Config, tokenizer: epath.Path) -> None:
     """Writes a new run's plan.json and tokenizer.json, and what this command runs with."""
     path = run_dir / "plan.json"
-    if not path.exists():
-        files.write_bytes(run_dir / "tokenizer.json", tokenizer.read_bytes())
-    if not path.exists() or read_record(run_dir) != record:
+    if not files.exists(path):
+        files.write_bytes(run_dir / "tokenizer.json", files.read_bytes(tokenizer))
+    if not files.exists(path) or read_record(run_dir) != record:
         files.write_json(path, {"hash": record.hash, "plan": record.plan, "amendments": record.amendments})
     set_aside(run_dir, record)
     files.write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: epath.Path) -> Iterator[None]:
     """Makes the folder and keeps a second `train` out of it; the lock ends with the process, however it ends.
+
+    On gs:// that takes as long as a newcomer needs to see it; see lease.py.
 
     Raises:
       UserError: another process trains there, or the folder can't be made.
     """
+    if files.is_remote(run_dir):
+        with held(run_dir / ".lock"):
+            yield
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -98,7 +105,7 @@ def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> 
     for phase in plan["phases"]:
         del phase["checkpoint_every"], phase["epochs"]
     plan["sources"] = {name: source["domain"] for name, source in plan["sources"].items()}
-    return {**plan, "training": {name: training[name] for name in ("seed", "dtype")},
+    return {**plan, "training": {name: training[name] for name in ("seed", "dtype", "spike_window", "spike_factor")},
             "fingerprints": stores.fingerprints(), "init_from": init_from}
 
 

@@ -7,6 +7,7 @@ mesh (a script, a unit test) every helper does nothing.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +95,21 @@ def used(*axes: str | None) -> P | None:
     return P(*(USED.get(axis) if axis else None for axis in axes))
 
 
+def batch_ways() -> int:
+    """Into how many parts a batch is split, 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+
+
+def lay(array: jax.Array, *axes: str | None) -> jax.Array:
+    """An activation moved to another layout."""
+    spec = used(*axes)
+    return array if spec is None else jax.reshard(array, spec)
+
+
 def gather(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     """A weight as a step uses it: cast to the compute dtype first, so that half the bytes travel, then gathered."""
-    weight = weight.astype(dtype)
-    spec = used(*axes)
-    return weight if spec is None else jax.reshard(weight, spec)
+    return lay(weight.astype(dtype), *axes)
 
 
 def named(mesh: Mesh, axes: Axes) -> NamedSharding:
@@ -109,9 +120,69 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+@dataclass(frozen=True)
+class Part:
+    """The rows of a global batch that lie on this process's devices, as blocks: the mesh cuts a batch into `ways`.
+
+    Processes that differ only along `tensor` hold the same blocks, and a mesh that follows a pod's wiring may give a
+    host blocks that don't adjoin.
+    """
+
+    ways: int
+    held: tuple[int, ...]
+    """In the order of their rows."""
+    counted: tuple[int, ...]
+    """Those of them that no process before this one holds, so that a sum over processes has each row once."""
+
+    @classmethod
+    def of(cls, mesh: Mesh, process: int | None = None) -> "Part":
+        """That of a process, by default of this one."""
+        process = jax.process_index() if process is None else process
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        holders = [{device.process_index for device in block} for block in mesh.devices.reshape(ways, -1)]
+        held = tuple(block for block in range(ways) if process in holders[block])
+        return cls(ways, held, tuple(block for block in held if min(holders[block]) == process))
+
+    def slots(self, size: int, counted: bool = False) -> np.ndarray:
+        """Which rows of a global batch of `size` these are."""
+        return np.arange(size).reshape(self.ways, -1)[list(self.counted if counted else self.held)].reshape(-1)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split over the batch axes."""
-    return {
-        name: jax.make_array_from_process_local_data(NamedSharding(mesh, P(STORED["batch"])), rows)
-        for name, rows in batch.items()
-    }
+    """This process's rows of a batch, those of its `Part`, as global arrays that are split over the batch axes."""
+    part, layout = Part.of(mesh), NamedSharding(mesh, P(STORED["batch"]))
+
+    def put(rows: np.ndarray) -> jax.Array:
+        share = len(rows) // len(part.held)
+
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            at = part.held.index(_first(index) // share)
+            return rows[at * share : (at + 1) * share]
+
+        return jax.make_array_from_callback((share * part.ways, *rows.shape[1:]), layout, block)
+
+    return {name: put(rows) for name, rows in batch.items()}
+
+
+def put(layout: NamedSharding, value: np.ndarray) -> jax.Array:
+    """An array that every process has whole, laid out; jax.device_put would first compare it between the processes."""
+    return jax.make_array_from_callback(value.shape, layout, lambda index: value[index or ()])
+
+
+def put_words(mesh: Mesh, words: np.ndarray) -> jax.Array:
+    """uint32 [devices, W]: `words` [W] in the row of this process's first device and zeros in its others.
+
+    The sum over the rows is the sum over the processes.
+    """
+    devices = list(mesh.devices.flat)
+    first = next(i for i, device in enumerate(devices) if device.process_index == jax.process_index())
+
+    def row(index: tuple[slice, ...] | None) -> np.ndarray:
+        return words[None] * np.uint32(_first(index) == first)
+
+    return jax.make_array_from_callback((len(devices), len(words)), NamedSharding(mesh, P(AXES)), row)
+
+
+def _first(index: tuple[slice, ...] | None) -> int:
+    """The first row of a shard."""
+    return (index[0].start or 0) if index else 0

@@ -13,11 +13,11 @@ import secrets
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +36,7 @@ INDEX_BYTES = 1 << 24
 """Of the database's own tree of keys, kept between reads."""
 MANIFEST = "manifest.ocdbt"
 """The root of a tree: no two trees have the same."""
+LOCK = "lock"
 RECORD = "scratch.json"
 """In the folder of raw files: which arrays of which tree are whole, and since which start of the machine."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -195,22 +196,67 @@ def find_place(output: Path) -> Path:
 
 @contextmanager
 def locked(scratch: Path) -> Iterator[None]:
-    """Keeps others from the folder, which is made.
+    """Keeps others from the folder, which is made; of what is made for it, nothing stays that is empty in the end.
 
     Raises:
       UserError: another process has it; it can't be made.
     """
+    made = [path for path in (scratch, *scratch.parents) if not path.exists()]
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        file = open(scratch / "lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"{scratch.parent}: can't be written: {error.strerror}; name another --output") from None
-    with file:
+        with _lock(scratch):
+            yield
+    finally:
+        for path in made:
+            try:
+                path.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError:  # it holds something
+                break
+
+
+def _lock(scratch: Path) -> IO[str]:
+    """The folder's lock file, which is held until it is closed."""
+    while True:
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            file = open(scratch / LOCK, "w")  # noqa: SIM115 (the caller closes it)
+        except FileNotFoundError:  # removed in between
+            continue
+        except OSError as error:
+            raise UserError(f"{scratch.parent}: can't be written: {error.strerror}; name another --output") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(scratch / LOCK)):
+                return file
+        except FileNotFoundError:
+            pass
         except OSError:
+            file.close()
             raise UserError(f"{scratch}: in use by another process; wait for it, or name another --output") from None
-        yield
+        file.close()  # the one who had it has removed it; another file may have its name
+
+
+def clear(scratch: Path) -> None:
+    """Removes a folder that is `locked`; its lock goes last, since whoever comes then may use the folder at once."""
+    for path in scratch.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+    (scratch / LOCK).unlink()
+    with suppress(OSError):  # another process has it
+        scratch.rmdir()
+
+
+def check_space(place: Path, needed: int, purpose: str) -> None:
+    """Refuses what doesn't fit on the disk that a folder lies on.
+
+    Raises:
+      UserError: fewer bytes free than `needed`; it says what they are for.
+    """
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"{place}: {free:,} bytes free, {needed:,} needed for {purpose}; free some space, or choose an "
+                        "--output on another disk")
 
 
 def map_arrays(tree: Tree, scratch: Path) -> dict[str, np.ndarray]:
@@ -224,11 +270,6 @@ def map_arrays(tree: Tree, scratch: Path) -> dict[str, np.ndarray]:
     record, source, done = scratch / RECORD, {"version": tree.version, "boot": boot}, []
     if record.exists() and (kept := files.read_json(record)).get("source") == source:
         done = kept["arrays"]
-    left = sum(array.nbytes for name, array in tree.arrays.items() if name not in done)
-    free = shutil.disk_usage(scratch).free
-    if free < left:
-        raise UserError(f"{scratch}: {free:,} bytes free, {left:,} needed for a copy of the arrays; free some space, "
-                        "or choose an --output on another disk")
     for name, array in tree.arrays.items():
         if name not in done:
             _copy(tree, array, scratch / name)

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from gcs import Emulator
+    from running import Recipe
 
+pytest_plugins = ["drills"]
 ROOT = Path(__file__).resolve().parents[1]
 OUTER_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
 
@@ -74,6 +76,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from world import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def recipe(world: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recipe":
+    """The three phases of world.py as a command that a drill can give again and again; see running.py."""
+    from running import Recipe
+    from world import write_config
+
+    folder = tmp_path_factory.mktemp("recipe")
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return Recipe(write_config(world, folder / "world_config.py"), cache)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(recipe: "Recipe", tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `recipe` leaves behind where nothing disturbs it; see running.py."""
+    from running import left_behind
+
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    recipe.finish(run_dir)
+    return left_behind(run_dir)
 
 
 @pytest.fixture(scope="session")

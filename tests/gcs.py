@@ -50,8 +50,9 @@ def emulator(folder: Path) -> Iterator[Emulator]:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "-d", str(folder), "start", "--port", str(port),
-               "--default-bucket", BUCKET, "-q"]
+    server = Path(__file__).with_name("gcs_server.py")
+    command = [sys.executable, str(server), "-d", str(folder), "start", "--port", str(port), "--default-bucket", BUCKET,
+               "-q"]
     variables = environment(port)
     before = {name: os.environ.get(name) for name in variables}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -179,7 +179,7 @@ def test_extending_piece_by_piece_is_the_whole_at_once() -> None:
             at = jnp.arange(start, end)
             mask = (jnp.arange(11)[None, :] <= at[:, None])[None, None]
             positions = jnp.broadcast_to(at[None, :], (2, end - start))
-            piece, cache = bound.extend(ids[:, start:end], positions, mask, cache, jnp.int32(start))
+            piece, cache = bound.extend(ids[:, start:end], positions, mask, cache, jnp.full(len(ids), start))
             pieces.append(piece)
         return jnp.concatenate(pieces, axis=1), bound.hidden(ids)
 

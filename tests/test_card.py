@@ -30,7 +30,7 @@ def test_a_card_says_what_is_known(form: str, tmp_path: Path) -> None:
         assert part in text, part
     assert "None" not in text and "{" not in text
     assert ("trust_remote_code=True" in text) == (form in ("crystal", "llm360"))
-    assert f"in {parity.read(tmp_path / 'out')['same_top_token']} of 64\nplaces" in text
+    assert f"in {parity.read(tmp_path / 'out')['same_top_token']} of 96\nplaces" in text
 
 
 def test_a_card_says_what_isnt_known(tmp_path: Path) -> None:

@@ -12,11 +12,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from crystal_jax import files, sharding, stream
-from crystal_jax.checkpoint import Calendar, RollingStates, check_tree, load_weights, save_weights
+from crystal_jax import files, sharding, stream, trees
+from crystal_jax.checkpoint import load_weights, save_weights
 from crystal_jax.config import CheckpointConfig, MeshConfig, ModelConfig, to_dict
 from crystal_jax.errors import UserError
+from crystal_jax.exports import Calendar
+from crystal_jax.fingerprint import fingerprint
 from crystal_jax.model import Crystal, abstract_params, init_params
+from crystal_jax.states import RollingStates, newest_state
+from crystal_jax.trees import check_tree
 
 MODEL = ModelConfig(vocab_size=64, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=16, rotary_dim=4)
 SPECS = Crystal(MODEL).specs()
@@ -60,7 +64,8 @@ def test_a_state_comes_back_bit_for_bit_also_on_another_mesh(tmp_path: Path, sta
     alone, spread = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), sharding.make_mesh(MeshConfig(1, 8, 1))
     for other in (mesh, alone, spread):
         found, where = states(tmp_path).restore(5, abstract(other))
-        assert bits(found) == bits(state) and where == position(5)
+        assert bits(found) == bits(state)
+        assert where.pop("fingerprint") == fingerprint(state) and where == {"format": 1, **position(5)}
         want = jax.tree.leaves(abstract(other))
         assert all(leaf.sharding == w.sharding for leaf, w in zip(jax.tree.leaves(found), want, strict=True))
 
@@ -73,7 +78,7 @@ def test_the_latest_and_the_named_steps_stay(tmp_path: Path, state: dict) -> Non
     kept.save(6, state, position(6))
     kept.close()
     assert sorted(int(entry.name) for entry in (tmp_path / "checkpoints").iterdir()) == [2, 5, 6]
-    assert states(tmp_path).latest == 6
+    assert newest_state(tmp_path) == 6 and states(tmp_path).steps() == [2, 5, 6]
     assert load_weights(tmp_path).info["step"] == 6
     assert load_weights(tmp_path / "checkpoints" / "2").info["step"] == 2
 
@@ -82,8 +87,14 @@ def test_a_state_that_was_not_finished_is_not_seen(tmp_path: Path, state: dict) 
     kept = states(tmp_path)
     kept.save(1, state, position(1))
     kept.close()
-    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
-    assert states(tmp_path).latest == 1 and load_weights(tmp_path).info["step"] == 1
+    for name in ("2.orbax-checkpoint-tmp", "3"):
+        shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints" / "3" / "position.json").unlink()
+    assert newest_state(tmp_path) == 1 and load_weights(tmp_path).info["step"] == 1
+    again = states(tmp_path)
+    again.save(4, state, position(4))
+    again.close()
+    assert sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
 
 
 def without(tree: dict, *path: str) -> dict:
@@ -216,9 +227,12 @@ def test_a_full_disk_is_one_line(tmp_path: Path, state: dict, monkeypatch) -> No
         raise OSError(errno.ENOSPC, "No space left on device")
 
     kept = states(tmp_path)
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", full)
     with pytest.raises(UserError, match="no space left on the device; the states saved before are whole"):
         kept.save(1, state, position(1))
-    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", full)
+    monkeypatch.undo()
+    monkeypatch.setattr(trees.Writer, "wait", full)
+    kept.save(1, state, position(1))
     with pytest.raises(UserError, match="no space left"):
-        kept.check()
+        kept.close()
+    assert newest_state(tmp_path) is None

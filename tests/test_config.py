@@ -103,12 +103,19 @@ RULES = [
     ("training.dtype", "float16", "config.training.dtype", "one of bfloat16, float32"),
     ("training.remat", "some", "config.training.remat", "one of full, none"),
     *((f"training.{name}", 0, f"config.training.{name}", "above 0") for name in (
-        "unroll", "log_every", "eval_every", "eval_sequences", "skip_nonfinite")),
+        "unroll", "log_every", "eval_every", "eval_sequences", "skips_in_a_row", "spike_factor")),
+    ("training.spike_window", -1, "config.training.spike_window", "0 or more"),
     ("training.seed", -1, "config.training.seed", "0 or more"),
     *((f"training.mesh.{axis}", size, f"config.training.mesh.{axis}", "above 0, or -1")
       for axis in ("data", "fsdp", "tensor") for size in (0, -2)),
     ("data.fim_mode", "remote", "config.data.fim_mode", "one of local, crystal, none"),
     ("data.seed", -1, "config.data.seed", "0 or more"),
+    ("data.skip", [[3]], "config.data.skip[0]", "a first step, as the log counts, and a number of steps"),
+    ("data.skip", [[3, 0]], "config.data.skip[0]", "a first step, as the log counts, and a number of steps"),
+    ("data.skip", [[0, 1]], "config.data.skip[0]", "a first step from 1 to 15"),
+    ("data.skip", [[16, 1]], "config.data.skip[0]", "a first step from 1 to 15"),
+    ("data.skip", [[4, 1], [4, 1]], "config.data.skip[1]", "a first step from 5 to 15"),
+    ("data.skip", [[9, 3]], "config.data.skip[0]", "data of one phase, which ends with step 10; pass over 2 steps"),
     ("checkpoints.export_dtype", "float16", "config.checkpoints.export_dtype", "one of bfloat16, float32"),
     ("checkpoints.every_steps", 0, "config.checkpoints.every_steps", "above 0"),
     ("checkpoints.keep_last", 0, "config.checkpoints.keep_last", "above 0"),
@@ -137,6 +144,8 @@ TYPES = [
     ("phases.0.subset.text", 0.5, "config.phases[0].subset.text", "a Subset"),
     ("phases.0.lr", 0.1, "config.phases[0].lr", "a LearningRate"),
     ("training.mesh.fsdp", None, "config.training.mesh.fsdp", "a whole number"),
+    ("data.skip", [3], "config.data.skip[0]", "a list"),
+    ("data.skip", [[3, "2"]], "config.data.skip[0][1]", "a whole number"),
 ]
 
 
@@ -192,7 +201,7 @@ shares = st.floats(0.01, 0.99)
 phases = st.builds(
     lambda share, **fields: Phase(mix={"text": share, "code": 1 - share}, **fields), shares,
     name=st.text("abc123_-", min_size=1).filter(lambda name: name.strip("_-")),
-    steps=st.integers(1, 10**6), global_batch_size=st.integers(1, 4096), spm_rate=st.floats(0, 1),
+    steps=st.integers(1, 700_000), global_batch_size=st.integers(1, 4096), spm_rate=st.floats(0, 1),
     subset=st.dictionaries(st.sampled_from(["text", "code"]),
                            st.builds(Subset, st.sampled_from(["all", "even", "odd"]), shares)),
     fim_rate=st.dictionaries(st.sampled_from(["text", "code"]), st.floats(0, 1)),

@@ -19,7 +19,7 @@ from crystal_jax.data.rows import make_rows, segments
 from crystal_jax.evaluate import HeldOut
 from crystal_jax.model import Crystal, init_params
 from crystal_jax.optimizer import make_optimizer
-from crystal_jax.train import TrainState, make_train_step
+from crystal_jax.update import TrainState, make_train_step
 
 BOS, EOS, T = 1, 2, 16
 MODEL = ModelConfig(vocab_size=48, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=T, rotary_dim=4,
@@ -157,7 +157,7 @@ def run(batches: list[dict[str, np.ndarray]], sizes: tuple[int, int, int] = (1, 
         step, losses = make_train_step(model, optimizer, 1), []
         for batch in batches:
             state, metrics = step(state, sharding.put_batch(mesh, batch), jnp.float32(0.01))
-            assert bool(metrics["finite"])
+            assert bool(metrics["taken"])
             losses.append(float(metrics["loss"]))
     return jax.tree.map(np.asarray, state.params), losses
 

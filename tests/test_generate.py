@@ -13,14 +13,15 @@ import numpy as np
 import oracle
 import pytest
 
-from crystal_jax import cli, generate
+from crystal_jax import cli, generate, sampling
 from crystal_jax.checkpoint import Weights, save_weights
 from crystal_jax.config import ModelConfig
 from crystal_jax.data.fim import fim_prompt
 from crystal_jax.data.tokenizer import train_tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.generate import BUCKET, Generator, Sampling, _sample
+from crystal_jax.generate import Generator, Sampling
 from crystal_jax.model import Crystal
+from crystal_jax.sampling import BUCKET, draw
 
 VOCAB = 400
 MODEL = ModelConfig(vocab_size=VOCAB, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=2 * BUCKET + 12,
@@ -44,9 +45,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 @pytest.fixture(scope="module")
 def generator(weights: Weights) -> Iterator[Generator]:
     """It and whatever else generates in this file is compiled quickly."""
-    quick = jax.jit(generate._generate.__wrapped__, static_argnums=(0, 1, 2), compiler_options=oracle.QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "_generate", quick)
+        for name in ("_admit", "_decode", "_prefill"):
+            quick = jax.jit(getattr(sampling, name).__wrapped__, static_argnums=0, compiler_options=oracle.QUICK)
+            patch.setattr(sampling, name, quick)
         yield Generator(weights)
 
 
@@ -151,10 +153,11 @@ def frequencies() -> Callable[[float, float], np.ndarray]:
     logits[ORDER] = np.log(P) + 7.0
     keys = jax.random.split(jax.random.key(0), DRAWS)
     rows = jnp.asarray(np.tile(logits, (DRAWS, 1)), jnp.float32)
-    draw = jax.jit(_sample, compiler_options=oracle.QUICK)
+    quick = jax.jit(draw, compiler_options=oracle.QUICK)
 
     def compute(temperature: float, top_p: float) -> np.ndarray:
-        ids = np.asarray(draw(rows, keys, jnp.float32(temperature), jnp.float32(top_p)))
+        settings = (jnp.full(DRAWS, value, jnp.float32) for value in (temperature, top_p))
+        ids = np.asarray(quick(rows, keys, *settings))
         return np.bincount(ids, minlength=6)[ORDER] / DRAWS
 
     return compute
@@ -179,7 +182,7 @@ def test_frequencies(frequencies: Callable[[float, float], np.ndarray], temperat
 def test_temperature_zero_takes_the_first_of_the_most_probable() -> None:
     logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, -1.0, 5.0]])
     keys = jax.random.split(jax.random.key(0), 2)
-    assert _sample(logits, keys, jnp.float32(0), jnp.float32(1)).tolist() == [1, 0]
+    assert draw(logits, keys, jnp.zeros(2), jnp.ones(2)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(("field", "value", "rule"), [

@@ -75,8 +75,9 @@ def test_the_lock_satisfies_the_project() -> None:
     wanted = {"requirements.txt": project["project"]["dependencies"],
               "requirements/dev.txt": project["dependency-groups"]["dev"],
               "requirements/torch.txt": project["project"]["optional-dependencies"]["torch"],
-              "requirements/data.txt": [requirement for extra in ("seqio", "beam", "gcs", "fast", "gguf")
-                                        for requirement in project["project"]["optional-dependencies"][extra]]}
+              "requirements/data.txt": [requirement for extra in ("seqio", "beam", "gcs", "fast", "gguf", "eval")
+                                        for requirement in project["project"]["optional-dependencies"][extra]],
+              "requirements/tpu.txt": project["project"]["optional-dependencies"]["tpu"]}
     for file, requirements in wanted.items():
         versions = locked(file)
         for requirement in map(Requirement, requirements):
@@ -87,13 +88,13 @@ def test_the_lock_satisfies_the_project() -> None:
 
 def test_the_locks_agree() -> None:
     base = locked("requirements.txt")
-    for file in ("requirements/dev.txt", "requirements/torch.txt", "requirements/data.txt"):
+    for file in ("requirements/dev.txt", "requirements/torch.txt", "requirements/data.txt", "requirements/tpu.txt"):
         differing = {name: version for name, version in locked(file).items() if base.get(name, version) != version}
         assert not differing, f"{file}: {differing}, other than in requirements.txt"
 
 
 def test_locks_are_hashed_and_name_no_host() -> None:
-    for file in ("requirements.txt", "requirements/data.txt", "requirements/dev.txt"):
+    for file in ("requirements.txt", "requirements/data.txt", "requirements/dev.txt", "requirements/tpu.txt"):
         text = (ROOT / file).read_text(encoding="utf-8")
         packages = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.M)[1:]
         assert packages

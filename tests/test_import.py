@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_convert import TINY, assert_same_params, exported, random_params, refused, tiny, write_tokenizer
 from test_families import LLAMA, STARCODER
@@ -20,9 +22,10 @@ from world import make_config
 
 from benchmarks.measure import peak_anonymous
 from crystal_jax import cli
-from crystal_jax.checkpoint import fingerprint, load_weights
-from crystal_jax.config import Config, LearningRate, ModelConfig, Phase
+from crystal_jax.checkpoint import load_weights
+from crystal_jax.config import Config, LearningRate, ModelConfig, Phase, digest
 from crystal_jax.convert import export, forms, importer
+from crystal_jax.fingerprint import fingerprint
 from crystal_jax.history import read_metrics
 from crystal_jax.rules import validate
 from crystal_jax.train import train
@@ -121,8 +124,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    assert "no space left" in refused(importer.import_checkpoint, "crystal", place, tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert "no space left" in refused(importer.import_checkpoint, "crystal", place, tmp_path / "in")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(importer, "new_file", None)
+    assert "1,000 bytes free" in refused(importer.import_checkpoint, "crystal", place, tmp_path / "in")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -132,7 +141,7 @@ def test_a_refused_import_leaves_nothing(tmp_path: Path) -> None:
     stored["model.norm.bias"] = np.full(24, np.nan, np.float32)
     save_file(stored, place / "model.safetensors")
     assert "model.norm.bias has values that are NaN" in refused(importer.import_checkpoint, "crystal", place,
-                                                               tmp_path / "in")
+                                                               tmp_path / "many" / "folders" / "in")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -153,6 +162,49 @@ def test_the_memory_is_bounded_whatever_the_model(tmp_path: Path) -> None:
         importer.import_checkpoint("crystal", place, tmp_path / "in")
     assert size > 120
     assert peak.highest - peak.before < 60, f"MiB, for a model of {size:.0f}"
+
+
+# The vocabulary
+
+
+@settings(max_examples=15)
+@given(form=st.sampled_from(["crystal", "llm360", "llama", "starcoder"]), rows=st.integers(40, 90),
+       padding=st.integers(1, 70), where=st.sampled_from(["both", "embedding", "head"]))
+def test_rows_of_padding(form: str, rows: int, padding: int, where: str,
+                         tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An export has the vocabulary's rows, no more; a folder with more than its config.json says is refused."""
+    model = replace({"llama": LLAMA, "starcoder": STARCODER}.get(form, TINY), vocab_size=rows)
+    place, table = tmp_path_factory.mktemp("rows") / "out", forms.FORMS[form]
+    export.export(tiny(params=random_params(model), model=model), form, place)
+    stored = load_file(place / "model.safetensors")
+    tables = [name for name in (table.tensors[0].name, table.head or "lm_head.weight") if name in stored]
+    assert {stored[name].shape[0] for name in tables} == {rows}
+    chosen = {"embedding": tables[:1], "head": tables[-1:]}.get(where, tables)
+    for name in chosen:
+        stored[name] = np.pad(stored[name], ((0, padding), (0, 0)))
+    save_file(stored, place / "model.safetensors")
+    message = refused(importer.read_torch_folder, place, form)
+    if chosen == [table.head]:  # a copy that isn't one
+        assert f"{table.head} differs from {tables[0]}" in message
+    else:
+        assert f"the tensor {chosen[0]} has {rows + padding} rows, config.json says vocab_size {rows}" in message
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"vocab_size": rows + padding}))
+    if where == "both":
+        assert importer.read_torch_folder(place, form)[0]["embed"].shape[0] == rows + padding
+    elif len(tables) > 1:
+        refused(importer.read_torch_folder, place, form)
+
+
+@pytest.mark.parametrize("form", ["stablelm", "gguf"])
+def test_computed_forms_have_the_rows_of_the_vocabulary(form: str, world: Path, tmp_path: Path) -> None:
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    model = replace(TINY, vocab_size=451)
+    weights = tiny(params=random_params(model), model=model, tokenizer=world / "tokenizer.json")
+    made, _ = export.make(weights, form, export.Options(), "")
+    tables = [tensor for name, tensor in made.storage.tensors.items() if tensor.source == "embed"]
+    assert [tensor.shape[0] for tensor in tables] == [451, 451]
 
 
 # Training goes on
@@ -181,7 +233,7 @@ def test_training_goes_on_from_an_imported_folder_and_is_exported_again(form: st
     assert command("import", f"--from={form}", f"--input={tmp_path / 'published'}", f"--output={tmp_path / 'in'}") == 0
     train(config, tmp_path / "run", tmp_path / "in")
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert fingerprint(params) in json.dumps(plan)
+    assert digest(fingerprint(params)) in json.dumps(plan)
     losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
               if record["kind"] == "train"]
     assert len(losses) == 10

@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "crystal_jax"
 # Lowest first. A module may import its own layer (without a cycle) and those before it; `data` and `convert` are
 # packages. A name that isn't written yet may stand here.
 LAYERS = (
-    ("__init__", "errors", "config", "rules", "phases"),
-    ("files", "sharding", "config_file", "history"),
+    ("__init__", "errors", "config", "rules", "phases", "generations"),
+    ("files", "storage", "objects", "lease", "sharding", "processes", "fingerprint", "config_file", "history"),
     ("layers", "attention", "loss"),
     ("model", "optimizer", "data"),
-    ("stream", "checkpoint", "metrics", "recipe"),
-    ("amend", "run_dir", "progress", "convert", "score", "evaluate", "generate", "execute"),
+    ("stream", "trees", "states", "exports", "checkpoint", "metrics", "recipe", "update"),
+    ("amend", "run_dir", "spikes", "progress", "convert", "score", "evaluate", "sampling", "scoring", "evaluation", "generate", "sandbox", "execute"),
     ("train",),
-    ("report", "report_page", "plots", "inspect", "inspect_page", "replay", "plan", "coord_check"),
+    ("report", "report_page", "plots", "plots_evaluations", "published", "compare", "inspect", "inspect_page", "replay", "plan", "coord_check"),
     ("cli",),
     ("__main__",),
 )
@@ -28,7 +28,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Stricter than the layer.
 ONLY = {
     "data": {"__init__", "errors", "config", "phases", "files", "sharding", "data"},
-    "convert": {"__init__", "errors", "config", "files", "model", "stream", "checkpoint", "convert"},
+    "convert": {"__init__", "errors", "config", "files", "layers", "attention", "model", "stream", "exports",
+                "checkpoint", "convert"},
 }
 
 # Optional or slow to import: inside the functions that need them. The files that a Hugging Face folder carries are

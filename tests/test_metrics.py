@@ -13,14 +13,16 @@ from crystal_jax.history import read_metrics
 from crystal_jax.metrics import Interval, MetricsLog
 from crystal_jax.phases import Plan, make_plan
 from crystal_jax.progress import Clock, Progress, Signals, _duration
+from crystal_jax.spikes import Window
 
 SOURCES = ["code", "text"]
 
 
 def metrics(loss: float, finite: bool = True, tokens: tuple[int, int] = (10, 30)) -> dict[str, np.ndarray]:
     counts = np.array(tokens, np.float32)
-    return {"loss": np.float32(loss), "grad_norm": np.float32(loss / 2), "finite": np.bool_(finite),
-            "nll_per_source": counts * np.float32(loss), "tokens_per_source": counts}
+    return {"loss": np.float32(loss), "grad_norm": np.float32(loss / 2), "taken": np.bool_(finite),
+            "nll_per_source": counts * np.float32(loss), "tokens_per_source": counts,
+            "words": np.array([0, 0, 0x01234567, 0x89ABCDEF], np.uint32)}
 
 
 def events(folder: Path) -> list[Event]:
@@ -83,7 +85,8 @@ def plan() -> Plan:
 
 def test_the_clock_reports_step_n_after_step_n_plus_1_and_at_phase_ends(plan: Plan) -> None:
     reported: list[int] = []
-    clock = Clock(TrainingConfig(log_every=10), plan, Interval(SOURCES), lambda done, record: reported.append(done))
+    clock = Clock(TrainingConfig(log_every=10), plan, (Interval(SOURCES), Window()),
+                  lambda done, record: reported.append(done))
     for done in range(1, plan.total_steps + 1):
         clock.dispatched(done, metrics(1.0))
         assert done not in reported, "the metrics of this step aren't fetched yet"
@@ -94,9 +97,9 @@ def test_the_clock_reports_step_n_after_step_n_plus_1_and_at_phase_ends(plan: Pl
 
 
 def test_too_many_nonfinite_steps_in_a_row_end_the_run(plan: Plan) -> None:
-    clock = Clock(TrainingConfig(skip_nonfinite=2), plan, Interval(SOURCES), lambda *_: None)
+    clock = Clock(TrainingConfig(skips_in_a_row=2), plan, (Interval(SOURCES), Window()), lambda *_: None)
     pattern = [False, False, True, False, False, False]
-    with pytest.raises(FatalError, match=r"step 6: .* not finite for 3 updates in a row") as caught:
+    with pytest.raises(FatalError, match=r"step 6: loss inf not finite, .*: 3 updates in a row were skipped") as caught:
         for done, finite in enumerate([*pattern, True], 1):
             clock.dispatched(done, metrics(1.0 if finite else float("inf"), finite))
     assert caught.value.exit_code == 4

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,7 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_a_right_export_passes(form: str, folders: Callable[[str], Path]) -> None:
     result = parity.check(made(form, checkpoint(form)), folders(form), checkpoint(form))
     assert 0 < result["relative_difference"] <= 3e-6
-    assert result["same_top_token"] == result["tokens"] == 64
+    assert result["same_top_token"] == result["tokens"] == MODELS[FAMILY[form]].max_length
     assert len(result["states"]) == 4 and max(result["states"].values()) <= 3e-6
     assert result["largest_logit"] > 0.1
 
@@ -274,11 +276,39 @@ def test_logits_that_are_all_zero_pass(form: str, tmp_path: Path) -> None:
 
 
 def test_the_text_is_real_and_long_enough(reference: Path) -> None:
-    model = replace(MODELS["crystal"], vocab_size=32032)
+    model = replace(MODELS["crystal"], vocab_size=32032, max_length=2048)
     tokenizer = reference / "crystalcoder_hf" / "tokenizer.json"
     ids, real = parity._tokens(Checkpoint({}, model, tokenizer))
-    assert real and len(ids) == 64 and ids[0] == 1 and len(set(ids.tolist())) > 40
+    assert real and len(ids) == 256 and ids[0] == 1 and len(set(ids.tolist())) > 120
     assert len(parity._tokens(Checkpoint({}, replace(model, max_length=16), tokenizer))[0]) == 16
+
+
+PARTS = {"crystal": MODELS["crystal"], "starcoder": replace(MODELS["starcoder"], embed_dim=48, num_heads=6),
+         "grouped": replace(MODELS["llama"], embed_dim=96, num_heads=12, rotary_dim=8, mup_base_width=96)}
+
+
+@pytest.mark.parametrize("block", [1, 2000, 7000, 1 << 22])
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_of_the_model_are_the_model(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many heads, units and rows of the vocabulary are taken at a time."""
+    monkeypatch.setattr(parity, "BLOCK", block)
+    model = PARTS[name]
+    params, ids = drawn(model), np.arange(40) * 7 % model.vocab_size
+    ours = parity.Reference(Checkpoint(params, model), None)
+    h = ours.embed(ids)
+    for layer in range(model.num_layers):
+        h = ours.layer(h, layer)
+    x, step = ours.final(h), 1 + block // 100
+    found = np.concatenate([ours.logits(x, slice(at, at + step)) for at in range(0, model.vocab_size, step)], axis=1)
+    expected = np.asarray(Crystal(model).bind(jax.tree.map(jnp.asarray, params))(ids[None]))[0]
+    assert np.abs(found - expected).max() <= 3e-6 * np.abs(expected).max()
+
+
+def test_the_most_probable_token_over_blocks_of_rows() -> None:
+    logits, top = np.random.default_rng(0).integers(0, 5, (30, 20)).astype(np.float32), parity.Top()
+    for start in range(0, 20, 7):
+        top.add(logits[:, start : start + 7], start)
+    np.testing.assert_array_equal(top.token_T, logits.argmax(-1))
 
 
 @st.composite

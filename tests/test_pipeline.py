@@ -73,7 +73,7 @@ def test_every_phase_gives_exactly_its_quotas_and_counts_agree(batches: Batches)
 @pytest.mark.parametrize("hosts", [2, 4, 8])
 def test_hosts_together_see_the_batch_that_one_host_sees(
         config: Config, stores: Stores, batches: Batches, hosts: int) -> None:
-    parts = [Batches(config, stores, host, hosts) for host in range(hosts)]
+    parts = [Batches(config, stores, [host], hosts) for host in range(hosts)]
     for step in (0, 5, 6, 9, 13, 14, 17):
         joined = {key: np.concatenate([part[step][key] for part in parts]) for key in batches[step]}
         assert equal(joined, batches[step]), step
@@ -161,7 +161,7 @@ def test_batches_depend_on_step_and_seed_alone(
     config, stores = packed_world
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing, document_mask=masked))
     whole = Batches(config, stores)[step]
-    parts = [Batches(config, stores, host, hosts)[step] for host in range(hosts)]
+    parts = [Batches(config, stores, [host], hosts)[step] for host in range(hosts)]
     assert equal({key: np.concatenate([part[key] for part in parts]) for key in whole}, whole)
     assert ("segment_ids" in whole) == masked
     example = next(iter(Batches(config, stores).iterate(step)))

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystal_jax import checkpoint, files, sharding, stream
-from crystal_jax.checkpoint import RollingStates, load_weights, open_weights, save_weights
+from crystal_jax.checkpoint import load_weights, open_weights, save_weights
 from crystal_jax.config import CheckpointConfig, MeshConfig, ModelConfig, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, init_params, map_specs
+from crystal_jax.states import RollingStates
 
 MODEL = ModelConfig(vocab_size=64, embed_dim=24, num_layers=2, num_heads=2, mlp_dim=36, max_length=16, rotary_dim=4)
 
@@ -71,7 +72,7 @@ def test_the_newest_state_of_a_run_on_several_devices(piece: int, tmp_path: Path
     monkeypatch.setattr(stream, "PIECE", piece)
     params = init_params(Crystal(MODEL).specs(), 3, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     kept = RollingStates(tmp_path / "checkpoints", CheckpointConfig(), [])
-    kept.save(7, {"params": params, "moments": {"count": np.int32(7)}}, {"model": to_dict(MODEL), "step": 7})
+    kept.save(7, {"params": params, "moments": {"mu": params}}, {"model": to_dict(MODEL), "step": 7})
     kept.close()
     for path in (tmp_path, tmp_path / "checkpoints" / "7"):
         found = opened(path, tmp_path / "s")
@@ -84,7 +85,7 @@ def upload(folder: Path, place: Any) -> None:
     """All files of a folder to gs://; gcsfs sends them in a way from which the emulator drops a last line end."""
     for file in folder.rglob("*"):
         if file.is_file():
-            store, key = files._kvstore(place / file.relative_to(folder).as_posix())
+            store, key = files.kvstore(place / file.relative_to(folder).as_posix())
             store.write(key, file.read_bytes()).result()
 
 
@@ -218,7 +219,44 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     with stream.locked(tmp_path / "s"), pytest.raises(UserError, match="in use"), stream.locked(tmp_path / "s"):
         pass
     with stream.locked(tmp_path / "s"):
+        (tmp_path / "s" / "array").write_text("1")
+        stream.clear(tmp_path / "s")
+        with stream.locked(tmp_path / "s"):  # of another process, that came when it was gone
+            (tmp_path / "s" / "array").write_text("2")
+    assert (tmp_path / "s" / "array").read_text() == "2"
+
+
+def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process opens the file, the one that has the lock removes it, and a third comes."""
+    flock, tries = stream.fcntl.flock, []
+
+    def late(file: Any, operation: int) -> None:
+        tries.append(file)
+        if len(tries) == 1:
+            (tmp_path / "s" / stream.LOCK).unlink()
+            (tmp_path / "s").rmdir()
+        flock(file, operation)
+
+    monkeypatch.setattr(stream.fcntl, "flock", late)
+    with stream.locked(tmp_path / "s"):
+        monkeypatch.undo()
+        assert len(tries) == 2 and tries[0].closed
+        with pytest.raises(UserError, match="in use"), stream.locked(tmp_path / "s"):
+            pass
+
+
+def test_of_the_folders_above_those_that_stay_empty_go_again(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with stream.locked(tmp_path / "mine" / "a" / "b" / "s"):
+        stream.clear(tmp_path / "mine" / "a" / "b" / "s")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't be written"), stream.locked(tmp_path / "file" / "a" / "s"):
         pass
+    with stream.locked(tmp_path / "a" / "s"):
+        (tmp_path / "a" / "out").mkdir()
+        stream.clear(tmp_path / "a" / "s")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
 
 
 # Refused
@@ -259,11 +297,6 @@ def test_another_layout_is_named(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        assert "1,000 bytes free" in refused(saved, tmp_path / "s")
-
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

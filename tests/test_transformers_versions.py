@@ -5,6 +5,7 @@ with the model in JAX.
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,8 +28,11 @@ from crystal_jax.model import Crystal
 pytestmark = pytest.mark.torch
 
 VERSIONS = ("4.46.3", "4.57.6")
+ELSEWHERE = dict(each.split("=", 1) for each in os.environ.get("CRYSTAL_TRANSFORMERS_PYTHON", "").split())
+"""Version to an interpreter: CRYSTAL_TRANSFORMERS_PYTHON="4.46.3=/some/bin/python 4.57.6=/other/bin/python"."""
 INTERPRETERS = {"installed": Path(sys.executable)} | {
-    version: ROOT / f".venv-transformers-{version}" / "bin" / "python" for version in VERSIONS}
+    version: Path(ELSEWHERE.get(version, ROOT / f".venv-transformers-{version}" / "bin" / "python"))
+    for version in VERSIONS}
 SMALL = ModelConfig(vocab_size=448, embed_dim=48, num_layers=3, num_heads=4, mlp_dim=67, max_length=128, rotary_dim=6,
                     mup_base_width=12, norm_eps=1e-4)
 FOLDERS = {"crystal": ("crystal", True), "stablelm": ("crystal", False), "llama": ("llama", False),
@@ -154,7 +158,8 @@ def test_generation_cached_and_uncached(version: str, attention: str, found: Cal
     values, case = found(version), cases["crystal"]
     cached = values[f"crystal.{attention}.generated"]
     assert cached.shape == (16, WIDTH + 64)
-    np.testing.assert_array_equal(cached, values[f"crystal.{attention}.uncached"])
+    for kind in ("uncached", "static"):
+        np.testing.assert_array_equal(cached, values[f"crystal.{attention}.{kind}"], kind)
     assert close(values[f"crystal.{attention}.cached_logits"], case.logits(case.job["ids"]))
     assert_greedy(case.logits(cached)[:, WIDTH - 1 : -1], cached[:, WIDTH:])
     assert len({tuple(row) for row in cached[:, WIDTH:].tolist()}) > 8, "rows that all say the same would prove little"
@@ -166,6 +171,7 @@ def test_left_padded_rows(version: str, attention: str, found: Callable[[str], F
     values, case = found(version), cases["crystal"]
     padded, generated = values[f"crystal.{attention}.padded_logits"], values[f"crystal.{attention}.padded_generated"]
     assert np.isfinite(padded).all()
+    np.testing.assert_array_equal(generated, values[f"crystal.{attention}.padded_static"])
     # Without the padding, and filled up on the right, where it changes nothing.
     expected = case.logits([np.roll(row, length - WIDTH) for row, length in zip(generated, LENGTHS, strict=True)])
     for row, length in enumerate(LENGTHS):

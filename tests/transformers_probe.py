@@ -73,9 +73,13 @@ def probe(folder, job):
         found[f"{attention}.cached_logits"] = cached_logits(model, ids)
         found[f"{attention}.generated"] = generated(model, prompts)
         found[f"{attention}.uncached"] = generated(model, prompts, use_cache=False)
+        found[f"{attention}.static"] = generated(model, prompts, cache_implementation="static")
         rows, mask = padded(prompts, job["lengths"])
         found[f"{attention}.padded_logits"] = logits(model, rows, attention_mask=mask)
         found[f"{attention}.padded_generated"] = generated(model, rows, attention_mask=mask)
+        found[f"{attention}.padded_static"] = generated(model, rows, attention_mask=mask,
+                                                        cache_implementation="static")
+    vars(model)["_modules"].pop("_cache", None)  # 4.46 makes a static cache a part of the model
     with tempfile.TemporaryDirectory() as again:
         model.save_pretrained(again)
         found["again.logits"] = logits(load(again, trust_remote_code=job["code"]), ids)

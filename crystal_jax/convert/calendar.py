@@ -6,22 +6,22 @@ memory. Its invariant: the same command goes on where it was, and does nothing t
 
 import os
 import shlex
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from crystal_jax import files
-from crystal_jax.checkpoint import INFO, WEIGHTS, open_weights, outline
-from crystal_jax.convert.export import export, make
-from crystal_jax.convert.made import Options
+from crystal_jax.checkpoint import open_weights, outline
+from crystal_jax.convert.export import export, make, partial_folder
+from crystal_jax.convert.forms import flatten
+from crystal_jax.convert.made import Made, Options, Weights
 from crystal_jax.errors import UserError
-from crystal_jax.stream import MANIFEST, find_place, locked
-from crystal_jax.stream import RECORD as COPIED
+from crystal_jax.exports import EXPORTS, INFO, WEIGHTS
+from crystal_jax.stream import MANIFEST, check_space, clear, find_place, locked
 
-EXPORTS = "exports"
-"""Folder of a run's permanent checkpoints, PHASE/step_NNNNNN each (checkpoint.Calendar)."""
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "PERMISSION_DENIED")
+"""What TensorStore says where the files aren't at fault."""
 RECORD = "exports.json"
 """In the output of a calendar: checkpoint to what its folder was made of, and the size of each of its files."""
 
@@ -37,22 +37,34 @@ def export_checkpoint(checkpoint: str, to: str, output: Path, options: Options) 
         raise UserError(f"{output}: is a file; --output must name a folder")
     scratch = place.with_name(f".{place.name}.scratch")
     command = command_line(checkpoint, to, output, options)
-    make(outline(checkpoint), to, options, command)  # refuses what it can before anything is copied
+    outlined = outline(checkpoint)
+    made, _ = make(outlined, to, options, command)  # refuses what it can before anything is copied
     with locked(scratch):
         try:
+            _check_space(place, scratch, outlined, made)
             weights = open_weights(checkpoint, scratch)
-        except UserError:  # damage, or a full disk; what has come from gs:// stays, since the network may be at fault
-            if not files.is_remote(checkpoint) or not (scratch / COPIED).exists():
-                shutil.rmtree(scratch)
-            raise
-        try:
             summary = export(weights, to, output, dtype=options.dtype, max_shard_size=options.max_shard_size,
                              heads=options.heads, command=command)
-        except UserError:  # what the same command would meet again
-            shutil.rmtree(scratch)
+        except UserError as error:
+            if not _passes(error):  # what the same command would meet again
+                clear(scratch)
             raise
-        shutil.rmtree(scratch)
+        clear(scratch)
     return summary
+
+
+def _check_space(place: Path, scratch: Path, outlined: Weights, made: Made) -> None:
+    """Refuses what won't fit, before a byte is written; what an earlier command has left counts as there."""
+    copy = sum(values.nbytes for values in flatten(outlined.params).values())
+    written = 0 if place.exists() and any(place.iterdir()) else made.storage.nbytes  # it is only compared
+    left = sum(path.stat().st_size for folder in (scratch, partial_folder(place)) for path in folder.glob("*"))
+    check_space(place.parent, copy + written - left, f"the export ({written:,}) and, while it is made, a copy of the "
+                f"checkpoint's arrays ({copy:,}, of which {left:,} are there)")
+
+
+def _passes(error: UserError) -> bool:
+    """Whether it was the network's or the storage's: what has come from gs:// then stays, and isn't fetched again."""
+    return any(kind in str(error.__cause__) for kind in PASSING)
 
 
 def command_line(checkpoint: str, to: str, output: Path, options: Options) -> str:

@@ -16,7 +16,7 @@ from crystal_jax.convert.card import companion_files
 from crystal_jax.convert.made import MAX_SHARD_SIZE, Made, Options, Weights
 from crystal_jax.convert.makers import MAKERS
 from crystal_jax.errors import UserError
-from crystal_jax.stream import find_place
+from crystal_jax.stream import check_space, find_place
 
 CARD = "README.md"
 """It quotes the command, which can be spelled in many ways: weights and config decide whether two exports are one."""
@@ -73,6 +73,11 @@ def make(weights: Weights, to: str, options: Options, command: str) -> tuple[Mad
     return made, companion_files(weights, made, made.dtype, command)
 
 
+def partial_folder(place: Path) -> Path:
+    """Where a folder is written that is to become `place`."""
+    return place.with_name(f".{place.name}.partial")
+
+
 def _is_empty(output: Path) -> bool:
     if not output.is_dir():
         raise UserError(f"{output}: is a file; --output must name a folder")
@@ -101,12 +106,9 @@ def _write(made: Made, weights: Weights, companions: dict[str, bytes], output: P
            place: Path) -> dict[str, Any]:
     """Writes beside `place`, reads back, compares logits, renames; returns what that found."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place.parent).free
-    if free < made.storage.nbytes:
-        raise UserError(f"{place.parent}: {free:,} bytes free, {made.storage.nbytes:,} needed; free some space, or "
-                        "choose another disk")
-    unfinished = place.with_name(f".{place.name}.partial")
+    unfinished = partial_folder(place)
     shutil.rmtree(unfinished, ignore_errors=True)  # left by an export that was killed
+    check_space(place.parent, made.storage.nbytes, "the export")
     unfinished.mkdir()
     try:
         made.storage.write(unfinished)

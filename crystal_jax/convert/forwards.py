@@ -5,7 +5,6 @@ float32 and a block of rows at a time. The invariant: no table of the conversion
 can't hide itself. Dims: T tokens, D width of the stream, N heads, K heads of keys and values, H size of a head.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,19 +14,21 @@ import numpy as np
 
 from crystal_jax.errors import UserError
 
-BLOCK = 4 << 20
-"""Numbers of a stored tensor that are held in float32 at a time: 16 MiB."""
+BLOCK = 1 << 20
+"""Numbers of a stored tensor that are held in float32 at a time: 4 MiB."""
 
 Turn = Callable[[np.ndarray], np.ndarray]
 """Rotates x [T, heads, H] by its positions."""
 
 
 class Forward:
-    """A form's forward pass over opened tensors: `embed`, then each `layer`, then `logits`."""
+    """A form's forward pass over opened tensors: `embed`, then each `layer`, `final`, then `logits`."""
 
     rounds = False
     """Whether the form's tensors are computed and rounded, not moved."""
     layers_key = "num_hidden_layers"
+    head = "lm_head.weight"
+    """The tensor [V, D] that gives the logits."""
 
     def __init__(self, tensors: dict[str, Callable[[], Any]], config: dict[str, Any]):
         """`tensors`: name to a function that gives the array, or what slices like one in its rows."""
@@ -42,9 +43,13 @@ class Forward:
         """The stream after one layer."""
         raise NotImplementedError
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
-        """[T, V]."""
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
+        """What the head reads of the last layer's stream: [T, D], normalised, and scaled as the logits are."""
         raise NotImplementedError
+
+    def logits(self, x_TD: np.ndarray, rows: slice) -> np.ndarray:
+        """Those of some rows of the vocabulary, from what `final` gave."""
+        return self.product(x_TD, self.head, rows)
 
     def read(self, name: str) -> Any:
         """The tensor as it is stored.
@@ -56,12 +61,13 @@ class Forward:
             raise UserError(f"the tensor {name} is missing from what was written")
         return self.tensors[name]()
 
-    def blocks(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows, their values in float32), through the whole tensor."""
+    def blocks(self, name: str, rows: slice = slice(None)) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, their values in float32), through the tensor or a part of it."""
         tensor = self.read(name)
-        rows = max(1, BLOCK // int(np.prod(tensor.shape[1:])))
-        for start in range(0, tensor.shape[0], rows):
-            part = slice(start, min(start + rows, tensor.shape[0]))
+        first, last, _ = rows.indices(tensor.shape[0])
+        step = max(1, BLOCK // int(np.prod(tensor.shape[1:])))
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
             yield part, _float(tensor[part])
 
     def vector(self, name: str) -> np.ndarray:
@@ -71,20 +77,28 @@ class Forward:
         """[T, D]: rows of an embedding."""
         return _float(self.read(name)[ids_T])
 
-    def product(self, x_TD: np.ndarray, name: str) -> np.ndarray:
-        """x W^T for a W stored [out, in]."""
+    def product(self, x_TD: np.ndarray, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """x W^T for a W stored [out, in], or some rows of it."""
         x_DT = np.ascontiguousarray(x_TD.T)
         # W x^T: for a few tokens and large blocks BLAS takes five times as long over x W^T.
-        return np.concatenate([values @ x_DT for _, values in self.blocks(name)]).T
+        found = np.empty((len(range(*rows.indices(self.read(name).shape[0]))), x_DT.shape[1]), np.float32)
+        for part, values in self.blocks(name, rows):
+            first = part.start - (rows.start or 0)
+            np.matmul(values, x_DT, out=found[first : first + len(values)])
+        return found.T
 
     def linear(self, x_TD: np.ndarray, name: str) -> np.ndarray:
         """torch.nn.Linear with a bias."""
-        return self.product(x_TD, f"{name}.weight") + self.vector(f"{name}.bias")
+        found = self.product(x_TD, f"{name}.weight")
+        found += self.vector(f"{name}.bias")
+        return found
 
     def conv1d(self, x_TD: np.ndarray, name: str) -> np.ndarray:
         """GPT-2's Conv1D: W stored [in, out], with a bias."""
-        return sum((x_TD[:, part] @ values for part, values in self.blocks(f"{name}.weight")),
-                   start=self.vector(f"{name}.bias")[None, :])
+        found = np.tile(self.vector(f"{name}.bias"), (len(x_TD), 1))
+        for part, values in self.blocks(f"{name}.weight"):
+            found += x_TD[:, part] @ values
+        return found
 
     def layer_norm(self, x_TD: np.ndarray, name: str, eps: float) -> np.ndarray:
         x = x_TD - x_TD.mean(-1, keepdims=True)
@@ -99,6 +113,8 @@ class Forward:
 class Crystal(Forward):
     """The form crystal: llama's names, biases everywhere, scores divided by H."""
 
+    head = "model.embed_tokens.weight"
+
     def embed(self, ids_T: np.ndarray) -> np.ndarray:
         return self.rows("model.embed_tokens.weight", ids_T) * np.float32(self.config["embed_scale"])
 
@@ -110,12 +126,13 @@ class Crystal(Forward):
         mixed = attend(turn(q), turn(k), v, 1 / q.shape[-1])
         h_TD = h_TD + self.linear(mixed, at + "self_attn.o_proj")
         x = self.layer_norm(h_TD, at + "post_attention_layernorm", c["layer_norm_eps"])
-        inner = silu(self.linear(x, at + "mlp.gate_proj")) * self.linear(x, at + "mlp.up_proj")
+        inner = silu(self.linear(x, at + "mlp.gate_proj"))
+        inner *= self.linear(x, at + "mlp.up_proj")
         return h_TD + self.linear(inner, at + "mlp.down_proj")
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
         x = self.layer_norm(h_TD, "model.norm", self.config["layer_norm_eps"])
-        return self.product(x, "model.embed_tokens.weight") * np.float32(self.config["logit_scale"])
+        return x * np.float32(self.config["logit_scale"])
 
 
 class Llm360(Forward):
@@ -134,13 +151,13 @@ class Llm360(Forward):
         mixed = attend(turn(q), turn(k), v, 1 / q.shape[-1])
         h_TD = h_TD + self.conv1d(mixed, at + "attn.c_proj")
         x = self.layer_norm(h_TD, at + "ln_2", c["layer_norm_epsilon"])
-        inner = self.conv1d(x, at + "mlp.c_fc") * silu(self.conv1d(x, at + "mlp.c_fc2"))
+        inner = silu(self.conv1d(x, at + "mlp.c_fc2"))
+        inner *= self.conv1d(x, at + "mlp.c_fc")
         return h_TD + self.conv1d(inner, at + "mlp.c_proj")
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
         x = self.layer_norm(h_TD, "transformer.ln_f", self.config["layer_norm_epsilon"])
-        scale = self.config["mup_output_alpha"] * self.config["mup_width_scale"]
-        return self.product(x, "lm_head.weight") * np.float32(scale)
+        return x * np.float32(self.config["mup_output_alpha"] * self.config["mup_width_scale"])
 
 
 class StableLm(Forward):
@@ -160,11 +177,12 @@ class StableLm(Forward):
         mixed = attend(turn(q), turn(k), v, q.shape[-1] ** -0.5)
         h_TD = h_TD + self.product(mixed, at + "self_attn.o_proj.weight")
         x = self.layer_norm(h_TD, at + "post_attention_layernorm", c["layer_norm_eps"])
-        inner = silu(self.product(x, at + "mlp.gate_proj.weight")) * self.product(x, at + "mlp.up_proj.weight")
+        inner = silu(self.product(x, at + "mlp.gate_proj.weight"))
+        inner *= self.product(x, at + "mlp.up_proj.weight")
         return h_TD + self.product(inner, at + "mlp.down_proj.weight")
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
-        return self.product(self.layer_norm(h_TD, "model.norm", self.config["layer_norm_eps"]), "lm_head.weight")
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
+        return self.layer_norm(h_TD, "model.norm", self.config["layer_norm_eps"])
 
     def rotary_dims(self, head_dim: int) -> int:
         return int(head_dim * self.config["partial_rotary_factor"])
@@ -192,17 +210,19 @@ class Llama(Forward):
         mixed = attend(turn(q), turn(k), v, q.shape[-1] ** -0.5)
         h_TD = h_TD + self.product(mixed, at + "self_attn.o_proj.weight")
         x = self.rms_norm(h_TD, at + "post_attention_layernorm", c["rms_norm_eps"])
-        inner = silu(self.product(x, at + "mlp.gate_proj.weight")) * self.product(x, at + "mlp.up_proj.weight")
+        inner = silu(self.product(x, at + "mlp.gate_proj.weight"))
+        inner *= self.product(x, at + "mlp.up_proj.weight")
         return h_TD + self.product(inner, at + "mlp.down_proj.weight")
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
-        return self.product(self.rms_norm(h_TD, "model.norm", self.config["rms_norm_eps"]), "lm_head.weight")
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
+        return self.rms_norm(h_TD, "model.norm", self.config["rms_norm_eps"])
 
 
 class StarCoder(Forward):
     """transformers' GPTBigCodeForCausalLM with one head of keys and values, which follow the queries in c_attn."""
 
     layers_key = "n_layer"
+    head = "transformer.wte.weight"
 
     def embed(self, ids_T: np.ndarray) -> np.ndarray:
         return self.rows("transformer.wte.weight", ids_T) + self.rows("transformer.wpe.weight", np.arange(len(ids_T)))
@@ -218,9 +238,8 @@ class StarCoder(Forward):
         activation = gelu if c["activation_function"] == "gelu" else tanh_gelu
         return h_TD + self.linear(activation(self.linear(x, at + "mlp.c_fc")), at + "mlp.c_proj")
 
-    def logits(self, h_TD: np.ndarray) -> np.ndarray:
-        x = self.layer_norm(h_TD, "transformer.ln_f", self.config["layer_norm_epsilon"])
-        return self.product(x, "transformer.wte.weight")
+    def final(self, h_TD: np.ndarray) -> np.ndarray:
+        return self.layer_norm(h_TD, "transformer.ln_f", self.config["layer_norm_epsilon"])
 
 
 FORWARDS: dict[str, type[Forward]] = {
@@ -267,12 +286,18 @@ def _rotary(length: int, dims: int, base: float, first: slice, second: slice) ->
 
 
 def silu(x: np.ndarray) -> np.ndarray:
-    return x * np.exp(-np.logaddexp(np.float32(0), -x))  # 1 / (1 + exp(-x)) without an overflow
+    divisor = np.negative(x)
+    with np.errstate(over="ignore"):  # x / inf is 0, as it should be
+        np.exp(divisor, out=divisor)
+    divisor += 1
+    return np.divide(x, divisor, out=divisor)
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
     """x times the normal distribution's share below x."""
-    return np.float32(0.5) * x * (1 + np.vectorize(math.erf, otypes=[np.float32])(x * np.float32(0.5**0.5)))
+    from scipy.special import erf
+
+    return np.float32(0.5) * x * (1 + erf(x * np.float32(0.5**0.5)))
 
 
 def tanh_gelu(x: np.ndarray) -> np.ndarray:

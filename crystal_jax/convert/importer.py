@@ -4,15 +4,15 @@ Tensors go from the mapped files of the folder straight into their places, which
 output: no more than one tensor is in memory.
 """
 
-import json
+import math
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from crystal_jax import files
 from crystal_jax.config import ModelConfig
 from crystal_jax.convert.folder import Reader, open_tensors, same_bits
 from crystal_jax.convert.forms import (
@@ -30,15 +30,17 @@ from crystal_jax.convert.forms import (
     write_tensor,
 )
 from crystal_jax.errors import UserError
-from crystal_jax.stream import find_place, locked, new_file
+from crystal_jax.stream import check_space, clear, find_place, locked, new_file
 
 BRANCH = re.compile(r"CrystalCoder_(phase\d+)_checkpoint_(\d{6})")
 """Name of a published checkpoint's branch: its phase, and its step in the phase."""
+ROWS = ("embed", "head")
+"""Leaves with a row for each id of the vocabulary."""
 BLOCK = 1 << 22
 """Values that are looked at together."""
 
-New = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
-"""(leaf, shape, dtype) to an array for it."""
+New = Callable[[dict[str, tuple[int, ...]], np.dtype], dict[str, np.ndarray]]
+"""(leaf to its shape, dtype of all) to leaf to an array for it."""
 
 
 def read_torch_folder(folder: Path, form: str, new: New | None = None) -> tuple[Params, ModelConfig, Path | None]:
@@ -49,11 +51,14 @@ def read_torch_folder(folder: Path, form: str, new: New | None = None) -> tuple[
 
     Raises:
       UserError: a file that is missing or damaged; a tensor that is missing, unknown, misshapen, not finite or of
-        another dtype than the rest; a head that isn't the embedding; a tokenizer with more ids than the model has rows.
+        another dtype than the rest; a head that isn't the embedding; more rows than the vocabulary, or fewer than a
+        tokenizer has ids.
     """
     table, folder = get_form(form, "--from"), Path(folder)
     path = folder / "config.json"
-    model = parse_config(table, _read_json(path, "--input must be a folder with config.json and weights"), str(path))
+    if not path.exists():
+        raise UserError(f"{path}: missing; --input must be a folder with config.json and weights")
+    model = parse_config(table, _read_object(path), str(path))
     tokenizer = folder / "tokenizer.json"
     if tokenizer.exists():
         _check_tokenizer(tokenizer, model)
@@ -63,20 +68,15 @@ def read_torch_folder(folder: Path, form: str, new: New | None = None) -> tuple[
     return unflatten(params), model, tokenizer if tokenizer.exists() else None
 
 
-def _read_json(path: Path, rule: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; {rule}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error})") from None
+def _read_object(path: Path) -> dict[str, Any]:
+    data = files.read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a JSON object")
     return data
 
 
 def _check_tokenizer(path: Path, model: ModelConfig) -> None:
-    data = _read_json(path, "fetch it again")
+    data = _read_object(path)
     try:
         vocab = data["model"]["vocab"]  # an object, or for Unigram a list of pieces
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
@@ -97,16 +97,19 @@ def _check_names(form: Form, model: ModelConfig, readers: dict[str, Reader], fol
                         f"{form.name}; is it the right --from?")
 
 
-def _in_memory(leaf: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return np.empty(shape, dtype)
+def _in_memory(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
+    return {leaf: np.empty(shape, dtype) for leaf, shape in shapes.items()}
 
 
-def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path,
-                 new: New) -> dict[str, np.ndarray]:
-    params: dict[str, np.ndarray] = {}
+def _check_tensors(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path) -> np.dtype:
+    """Refuses shapes and dtypes that aren't the model's, before any value is read; returns the dtype of all."""
     first, dtype = form.tensors[0].name, readers[form.tensors[0].name]().dtype
     for tensor in tensors(form, model):
         values, shape = readers[tensor.name](), tensor_shape(tensor, model)
+        if tensor.leaves[0] in ROWS and values.shape[1:] == shape[1:] and values.shape[0] > shape[0]:
+            key = form.config_keys["vocab_size"]
+            raise UserError(f"{folder}: the tensor {tensor.name} has {values.shape[0]} rows, config.json says {key} "
+                            f"{shape[0]}; if the last ones are padding, cut them off, else say {values.shape[0]} there")
         if values.shape != shape:
             raise UserError(f"{folder}: the tensor {tensor.name} has shape {values.shape}, config.json says {shape}")
         if values.dtype.name not in DTYPES:
@@ -114,15 +117,21 @@ def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], fol
         if values.dtype != dtype:
             raise UserError(f"{folder}: the tensor {tensor.name} is {values.dtype.name}, but {first} is {dtype.name}; "
                             "save the weights in one dtype")
+    return dtype
+
+
+def _read_params(form: Form, model: ModelConfig, readers: dict[str, Reader], folder: Path,
+                 new: New) -> dict[str, np.ndarray]:
+    dtype = _check_tensors(form, model, readers, folder)
+    params = new({leaf: leaf_shape(leaf, model) for leaf in leaves(model)}, dtype)
+    for tensor in tensors(form, model):
+        values = readers[tensor.name]()
         if not _all_finite(values):
             raise UserError(f"{folder}: the tensor {tensor.name} has values that are NaN or inf")
-        for leaf in tensor.leaves:
-            if leaf not in params:
-                params[leaf] = new(leaf, leaf_shape(leaf, model), dtype)
         write_tensor(params, tensor, model, values)
     if form.head in readers and not same_bits(readers[form.head](), params["embed"]):
-        raise UserError(f"{folder}: {form.head} differs from {first}; this model's head is tied to it")
-    return {leaf: params[leaf] for leaf in leaves(model)}
+        raise UserError(f"{folder}: {form.head} differs from {form.tensors[0].name}; this model's head is tied to it")
+    return params
 
 
 def _all_finite(values: np.ndarray) -> bool:
@@ -147,7 +156,7 @@ def import_all(form: str, folder: Path, output: Path) -> Iterator[dict[str, Any]
         if not (place / "checkpoint.json").exists():
             yield import_checkpoint(form, path, place)
             continue
-        found = _read_json(place / "checkpoint.json", "").get("name")
+        found = _read_object(place / "checkpoint.json").get("name")
         if found != path.name:
             raise UserError(f"{place}: is {found}, not {path.name}; choose another --output, or delete it")
         yield {"output": str(place), "passed_over": True}
@@ -175,15 +184,20 @@ def import_checkpoint(form: str, folder: Path, output: Path) -> dict[str, Any]:
     from crystal_jax.checkpoint import save_weights
 
     scratch = place.with_name(f".{place.name}.scratch")
+
+    def mapped(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> dict[str, np.ndarray]:
+        size = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        check_space(place.parent, 2 * size, f"the checkpoint ({size:,}) and, while it is made, a copy of its arrays")
+        return {leaf: new_file(scratch / leaf, shape, dtype) for leaf, shape in shapes.items()}
+
     with locked(scratch):
         try:
-            params, model, tokenizer = read_torch_folder(
-                folder, form, lambda leaf, shape, dtype: new_file(scratch / leaf, shape, dtype))
+            params, model, tokenizer = read_torch_folder(folder, form, mapped)
             save_weights(place, params, model, tokenizer, _info(form, folder))
         except OSError as error:
             raise UserError(f"{output}: can't be written: {error.strerror}") from None
         finally:
-            shutil.rmtree(scratch)
+            clear(scratch)
     return {"output": str(output), "form": form, "dtype": params["embed"].dtype.name,
             "tokenizer": str(tokenizer) if tokenizer else None}
 

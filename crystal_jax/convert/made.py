@@ -147,7 +147,7 @@ def stored_dtype(params: dict[str, np.ndarray], dtype: str | None) -> str:
     """
     if dtype is not None:
         if dtype not in DTYPES:
-            raise UserError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
+            raise UserError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}; q8_0 is for --to=gguf alone")
         return dtype
     first = params["embed"].dtype.name
     for leaf, value in params.items():

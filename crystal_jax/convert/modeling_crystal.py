@@ -29,6 +29,21 @@ class CrystalConfig(PretrainedConfig):
 
     model_type = "crystal"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # How several devices share the linears of a layer, for transformers and the backends that read it.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     def __init__(
         self, vocab_size=32032, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=10922,
@@ -77,16 +92,21 @@ def rotate(x, cos, sin):
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def additive_mask(attention_mask, past, hidden):
-    """[B or 1, 1, T, S]: 0 where query t may see key s (s <= past + t and not padding), else the lowest finite number.
+def key_count(cache, past, length):
+    """The keys that a layer meets: those so far, or with a static cache its whole size."""
+    holders = getattr(cache, "layers", [cache])[:1]  # 4.46 has no layers: the cache itself says it
+    return next((each.max_cache_len for each in holders if hasattr(each, "max_cache_len")), past + length)
+
+
+def additive_mask(attention_mask, slots, keys, hidden):
+    """[B or 1, 1, T, S]: 0 where the query in slot t may see key s (s <= t and not padding), else the lowest number.
 
     Finite, so that a row of padding, which sees nothing, stays free of NaN.
     """
-    length = hidden.shape[1]
-    slots = torch.arange(past + length, device=hidden.device)
-    seen = (slots <= slots[past:, None])[None, None]
+    seen = (torch.arange(keys, device=hidden.device) <= slots[:, None])[None, None]
     if attention_mask is not None:
-        seen = seen & attention_mask[:, None, None, :].bool()
+        known = nn.functional.pad(attention_mask.bool(), (0, keys - attention_mask.shape[-1]))
+        seen = seen & known[:, None, None, :]
     lowest = torch.finfo(hidden.dtype).min
     return torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~seen, lowest)
 
@@ -113,14 +133,14 @@ class CrystalAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, mask, angles, cache, **kwargs):
+    def forward(self, x, mask, angles, cache, slots, **kwargs):
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, {"cache_position": slots})
         attend = ALL_ATTENTION_FUNCTIONS.get(self.config._attn_implementation, eager_attention)
         merged, weights = attend(self, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
         return self.o_proj(merged.flatten(2)), weights
@@ -145,8 +165,8 @@ class CrystalLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CrystalMLP(config)
 
-    def forward(self, hidden, mask, angles, cache, **kwargs):
-        attended, weights = self.self_attn(self.input_layernorm(hidden), mask, angles, cache, **kwargs)
+    def forward(self, hidden, mask, angles, cache, slots, **kwargs):
+        attended, weights = self.self_attn(self.input_layernorm(hidden), mask, angles, cache, slots, **kwargs)
         hidden = hidden + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), weights
 
@@ -159,7 +179,7 @@ class CrystalPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _supports_cache_class = True  # 4.46
+    _supports_cache_class = _supports_static_cache = True  # 4.46
 
 
 class CrystalModel(CrystalPreTrainedModel):
@@ -170,6 +190,9 @@ class CrystalModel(CrystalPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _prepare_4d_causal_attention_mask_with_cache_position(self, attention_mask, *args, **kwargs):
+        return attention_mask  # 4.46's name of create_masks_for_generate, below
 
     def get_input_embeddings(self):
         return self.embed_tokens
@@ -190,20 +213,22 @@ class CrystalModel(CrystalPreTrainedModel):
         cache = DynamicCache() if use_cache and past_key_values is None else past_key_values
         cache = None if recompute else cache  # a layer that runs twice would enter its keys twice
         past, length = 0 if cache is None else cache.get_seq_length(), hidden.shape[1]
+        slots = torch.arange(length, device=hidden.device) + past
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=hidden.device)[None]
+            position_ids = slots[None]
         angles = rotary_angles(self.config, position_ids, hidden.dtype)
         masked_here = self.config._attn_implementation in MASKED_HERE
-        mask = additive_mask(attention_mask, past, hidden) if masked_here else attention_mask
+        keys = key_count(cache, past, length)
+        mask = additive_mask(attention_mask, slots, keys, hidden) if masked_here else attention_mask
         states, attentions = [], []
         for layer in self.layers:
             states.append(hidden)
             if recompute:
-                hidden, weights = self._gradient_checkpointing_func(layer.__call__, hidden, mask, angles, cache)
+                hidden, weights = self._gradient_checkpointing_func(layer.__call__, hidden, mask, angles, cache, slots)
             else:
-                hidden, weights = layer(hidden, mask, angles, cache, **kwargs)
+                hidden, weights = layer(hidden, mask, angles, cache, slots, **kwargs)
             attentions.append(weights)
         hidden = self.norm(hidden)
         output = BaseModelOutputWithPast(
@@ -227,6 +252,11 @@ class CrystalForCausalLM(CrystalPreTrainedModel, GenerationMixin):
         self.model = CrystalModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """What generate would make of the padding mask for a static cache; forward makes its own."""
+        return attention_mask
 
     def get_output_embeddings(self):
         return self.lm_head

@@ -206,14 +206,24 @@ PLAIN: dict[str, Callable[[ModelConfig], Any]] = {
 
 def _llama_config(config: dict[str, Any]) -> dict[str, Any]:
     """Transformers 5 writes the rotary base and its scaling into one object; old releases leave out what is usual."""
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        return config | {"rope_scaling": rope}
-    usual = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}
     known = {key: value for key, value in config.items() if value is not None}
-    return {"rope_scaling": None if usual | rope == usual else rope, "rope_theta": usual["rope_theta"],
-            "initializer_range": 0.02, "rms_norm_eps": 1e-6,
-            "num_key_value_heads": config.get("num_attention_heads"), **known}
+    usual: dict[str, Any] = {"rope_theta": 10000.0, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+                             "num_key_value_heads": config.get("num_attention_heads")}
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = known.pop(key, {})
+        scaling = _scaling(rope)
+        if scaling != "default":
+            return usual | known | {"rope_scaling": scaling}
+        usual["rope_theta"] = rope.get("rope_theta", usual["rope_theta"])
+    return usual | known
+
+
+def _scaling(rope: Any) -> Any:
+    """The name of a rotary scaling: "default" for none; what isn't understood is given back as it is."""
+    if not isinstance(rope, dict):
+        return rope
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return rope if kind == "default" and rope.keys() - {"rope_type", "type", "rope_theta"} else kind
 
 
 LLAMA = Form(

@@ -43,7 +43,9 @@ class Reading:
     key: tuple[str, ...]
     """Names the source and what is read of it in random keys; readings of one key share a cursor."""
     cursor: int
-    """Rows that earlier segments have read under this key."""
+    """Rows that earlier segments have read, and those that were passed over, under this key."""
+    dealt: int
+    """Rows of the segment's deal that were dealt out before the segment."""
     store: TokenStore | None
     rows: Rows | None
     """None where the store was replaced or removed since: what this segment read is no longer there."""
@@ -117,16 +119,18 @@ class Stores:
 class Batches:
     """Random access to the batches of a run: `batches[step]` gives this process's rows of the update at `step`.
 
-    `eras` are the recipes that the run followed before this config, if it was amended.
+    These are `blocks` of the `ways` equal ones that the mesh cuts a global batch into. `eras` are the recipes that the
+    run followed before this config, if it was amended.
 
     Raises:
       UserError: a subset too short for one sequence, or a phase that would read a source more often than it states.
     """
 
-    def __init__(self, config: Config, stores: Stores, process: int = 0, processes: int = 1, eras: Sequence[Era] = ()):
+    def __init__(self, config: Config, stores: Stores, blocks: Sequence[int] = (0,), ways: int = 1,
+                 eras: Sequence[Era] = ()):
         self.config, self.plan = config, make_plan(config, eras)
         self.length = config.data.sequence_length
-        self.process, self.processes = process, processes
+        self.blocks, self.ways = list(blocks), ways
         self._tokenizer = stores.tokenizer
         recipes = [*(era.config for era in eras), config]
         self._document_mask = [recipe.data.document_mask for recipe in recipes]
@@ -146,11 +150,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         _, segment = self._segment(step)
-        share = segment.phase.global_batch_size // self.processes
-        slots = np.arange(self.process * share, (self.process + 1) * share)
-        tokens = np.empty((share, self.length + 1), np.int32)
-        mask = np.ones((share, self.length), np.float32)
-        source = np.empty(share, np.int32)
+        slots = np.arange(segment.phase.global_batch_size).reshape(self.ways, -1)[self.blocks].reshape(-1)
+        tokens = np.empty((slots.size, self.length + 1), np.int32)
+        mask = np.ones((slots.size, self.length), np.float32)
+        source = np.empty(slots.size, np.int32)
         for reading, chosen, epoch, row in self._groups(step, slots):
             tokens[chosen], kept = self._rows(reading, step).read(row)
             rate = segment.phase.fim_rate.get(reading.name, 0.0)
@@ -190,9 +193,9 @@ class Batches:
             for epoch in range(own.cursor // size, -(-end // size)):
                 place = epoch * size + int(self._permutation(own, epoch).inverse(np.array([row]))[0])
                 if own.cursor <= place < end:
-                    step, slot = divmod(interleave.position(own.name, place - own.cursor),
+                    step, slot = divmod(interleave.position(own.name, place - own.cursor + own.dealt),
                                         segment.phase.global_batch_size)
-                    found.append((segment.start + step, slot, epoch))
+                    found.append((segment.start + step - segment.begun, slot, epoch))
         return found
 
     def counts(self, step: int) -> dict[str, int]:
@@ -214,12 +217,13 @@ class Batches:
         """(reading, indices into `slots`, epochs, rows) of each source that the batch at `step` has rows of."""
         number, segment = self._segment(step)
         interleave = self._interleaves[number]
-        source, ordinal = interleave.locate((step - segment.start) * segment.phase.global_batch_size + slots)
+        source, ordinal = interleave.locate(
+            (segment.begun + step - segment.start) * segment.phase.global_batch_size + slots)
         for i, name in enumerate(interleave.names):
             chosen = np.flatnonzero(source == i)
             if chosen.size:
                 reading = self.readings[number][name]
-                yield reading, chosen, *self._places(reading, ordinal[chosen], step)
+                yield reading, chosen, *self._places(reading, ordinal[chosen] - reading.dealt, step)
 
     def _places(self, reading: Reading, ordinal: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, row) of a segment's ordinals: every row once an epoch, each epoch in its own order."""
@@ -246,12 +250,28 @@ class Batches:
         return np.random.Generator(np.random.Philox(int(digest([self.config.data.seed, *map(str, key)]), 16)))
 
 
+def hash_words(batch: Batch, slots: np.ndarray) -> np.ndarray:
+    """uint32 [2]: the wrapping sum over rows of 8 bytes of BLAKE2b of a row and its slot in the global batch.
+
+    What the processes find for their rows adds up to what one finds for all.
+    """
+    total = np.zeros(2, np.uint32)
+    for i, slot in enumerate(slots):
+        value = hashlib.blake2b(int(slot).to_bytes(8, "little"), digest_size=8)
+        for name in ("inputs", "targets", "mask"):
+            value.update(np.ascontiguousarray(batch[name][i]).data)
+        total += np.frombuffer(value.digest(), ">u4").astype(np.uint32)
+    return total
+
+
+def hash_text(words: np.ndarray) -> str:
+    """16 hex digits for what hash_words gives."""
+    return "".join(f"{int(word):08x}" for word in words)
+
+
 def batch_hash(batch: Batch) -> str:
-    """16 hex digits that stand for the rows of a batch, in their order; 8 bytes of BLAKE2b."""
-    value = hashlib.blake2b(digest_size=8)
-    for name in ("inputs", "targets", "mask"):
-        value.update(np.ascontiguousarray(batch[name]).data)
-    return value.hexdigest()
+    """16 hex digits that stand for the rows of a whole batch, in their order."""
+    return hash_text(hash_words(batch, np.arange(len(batch["inputs"]))))
 
 
 @lru_cache(maxsize=256)
@@ -278,8 +298,9 @@ def _readings(recipes: list[Config], segments: Sequence[Segment], stores: Stores
             store, now = stores.by_source.get(name), stores.fingerprint(name)
             then = eras[segment.era].fingerprints[f"store.{name}"] if segment.era < len(eras) else now
             rows = _open_rows(config, segment, name, store) if store is not None and then == now else None
-            cursor = cursors.get((key, then), 0)
-            readings[name] = Reading(name, names.index(name), key, cursor, store, rows, subset)
+            cursor = cursors.get((key, then), 0) + segment.passed.get(name, 0)
+            dealt = segment.stretch(-segment.begun, 0)[name]
+            readings[name] = Reading(name, names.index(name), key, cursor, dealt, store, rows, subset)
             cursors[key, then] = cursor + given
         result.append(readings)
     return result

@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints: held-out losses, lm-eval tasks, generated code, infilling; over a whole calendar."""

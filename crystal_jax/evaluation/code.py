@@ -1,0 +1,115 @@
+"""Generated code: samples of HumanEval and MBPP as the standard JSONL, and, where that is asked for, their scores.
+
+Samples are {"task_id", "completion"}, which other harnesses take too. Running them is `execute`'s, in its sandbox.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from crystal_jax import files
+from crystal_jax.errors import UserError
+from crystal_jax.evaluation.harness import key_of, until
+from crystal_jax.evaluation.subject import Subject
+from crystal_jax.evaluation.walk import Task
+from crystal_jax.execute import Problem, check_layers, execute, format_of, read_problems
+from crystal_jax.sampling import Request
+
+TOP_P = 0.95
+MAX_TOKENS = 512
+
+
+def _humaneval(problem: Problem) -> str:
+    return problem["prompt"]
+
+
+def _mbpp(problem: Problem) -> str:
+    """The text and the tests as a docstring, as in the BigCode harness; no examples before it."""
+    text = problem.get("text") or problem["prompt"]
+    return '"""\n' + text + "\n" + "\n".join(problem["test_list"]) + '\n"""\n'
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    prompt: Callable[[Problem], str]
+    temperature: float
+    """As in the Crystal paper, table 2."""
+    stops: tuple[str, ...]
+    """What begins something after the function that was asked for (Chen et al. 2021, BigCode)."""
+
+
+BENCHMARKS = {
+    "humaneval": Benchmark(_humaneval, 0.2, ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\nassert ")),
+    "mbpp": Benchmark(_mbpp, 0.1, ("\nclass ", "\nassert ", '\n"""', "\nprint(", "\nif ", "\n#")),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    problems: str
+    samples: int = 20
+    """Of each problem. The paper doesn't state its number; pass@10 needs ten or more."""
+    run: bool = False
+    """Whether the samples are run, in the sandbox."""
+    output: str | None = None
+    """The folder that samples are kept in."""
+
+
+def code_task(name: str, settings: Settings) -> Task:
+    """HumanEval or MBPP.
+
+    Raises:
+      UserError: a wrong file of problems; a machine without a sandbox, where samples are to be run.
+    """
+    problems = read_problems(settings.problems)
+    for problem in problems.values():
+        if (found := format_of(problem, f"--problems={settings.problems}")) != name:
+            raise UserError(f"--problems={settings.problems}: its columns are those of {found}, not of {name}")
+    if settings.run:
+        check_layers(weak=False)
+    benchmark = BENCHMARKS[name]
+
+    def run(subject: Subject) -> dict[str, float]:
+        folder = Path(settings.output or ".")
+        samples = folder / f"{name}-{subject.info.get('name', 'samples').replace('/', '-')}.jsonl"
+        lines = generate(subject, problems, benchmark, settings.samples)
+        files.write_bytes(samples, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        if not settings.run:
+            return {"samples": float(len(lines))}
+        found = execute(samples, settings.problems, samples.with_suffix(".results.jsonl"))
+        return {key: float(value) for key, value in found.items()}
+
+    return Task(name, run, {"task": name, "problems": files.sha256(settings.problems), "samples": settings.samples,
+                            "temperature": benchmark.temperature, "top_p": TOP_P, "run": settings.run})
+
+
+def generate(subject: Subject, problems: dict[str, Problem], benchmark: Benchmark, samples: int) -> list[
+        dict[str, Any]]:
+    """{"task_id", "completion"} of each sample, by problem.
+
+    Raises:
+      UserError: a problem that leaves the model's context no room.
+    """
+    tokenizer, room = subject.tokenizer, subject.model.config.max_length
+    asked, names = [], []
+    for name, problem in problems.items():
+        prompt = (tokenizer.bos_id, *tokenizer.encode_document(benchmark.prompt(problem)))
+        if len(prompt) >= room:
+            raise UserError(f"problem {name}: {len(prompt)} tokens leave no room in the model's context of {room}")
+        for sample in range(samples):
+            names.append(problem["task_id"])
+            asked.append(Request(prompt, min(MAX_TOKENS, room - len(prompt)), benchmark.temperature, TOP_P,
+                                 key_of("code", name), sample))
+
+    def ended(_: int, ids: list[int]) -> bool:
+        text = tokenizer.decode_fragment(ids)
+        return any(stop in text for stop in benchmark.stops)
+
+    texts: dict[int, str] = {}
+    for index, ids in tqdm(subject.sampler(asked, ended), total=len(asked), unit="sample", disable=None):
+        texts[index] = until(tokenizer.decode_fragment(ids), list(benchmark.stops))
+    return [{"task_id": name, "completion": texts[index]} for index, name in enumerate(names)]
