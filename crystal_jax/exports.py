@@ -112,7 +112,11 @@ def catch_up(calendar: Calendar, done: int, states: RollingStates, abstract: Par
         if step not in saved:
             lines.append(f"{EXPORTS}/{name}: missing, and no state of step {step} is kept to make it from")
             continue
-        state, position = states.restore(step, {"params": abstract})
+        try:
+            state, position = states.restore(step, {"params": abstract})
+        except trees.DamageError as error:
+            lines.append(f"{EXPORTS}/{name}: missing, and can't be made from the state of step {step}: {error}")
+            continue
         info = {key: value for key, value in position.items() if key not in OF_STATE}
         calendar.write(name, state["params"], config.model, config.checkpoints.export_dtype, info)
         lines.append(f"{EXPORTS}/{name}: was missing, made from the state of step {step}")

@@ -140,7 +140,12 @@ def _device_sums(shard: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
         stride *= shard.shape[dim] * math.prod(mesh.shape[axis] for axis in axes[dim])
     width = jnp.dtype(f"uint{8 * shard.dtype.itemsize}")
     mixed = _mix(jax.lax.bitcast_convert_type(shard, width).astype(jnp.uint32), place)
-    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in mixed])
+    # Both sums in one reduction: as two, XLA keeps what they share in memory, which takes 20 times as long on a CPU.
+    return jnp.stack(jax.lax.reduce(mixed, (np.uint32(0), np.uint32(0)), _add, tuple(range(shard.ndim))))
+
+
+def _add(have: tuple[Any, Any], more: tuple[Any, Any]) -> tuple[Any, Any]:
+    return have[0] + more[0], have[1] + more[1]
 
 
 def _host_sums(array: np.ndarray) -> np.ndarray:
@@ -155,12 +160,17 @@ def _host_sums(array: np.ndarray) -> np.ndarray:
 
 
 def _mix(bits: Any, place: Any) -> tuple[Any, Any]:
-    """Two uint32 per value, in numpy or JAX: for its place each is a one-to-one function of its bits."""
+    """Two uint32 per value, in numpy or JAX: for its place each is a one-to-one function of its bits.
+
+    The first is MurmurHash3's fmix32 with other multipliers: each bit changes every other one half of the time, so that
+    changes of two values, also of their signs alone, make up for each other in neither sum but by chance.
+    """
     mixed = bits ^ place * PLACE
-    mixed = (mixed ^ mixed >> np.uint32(15)) * FIRST
+    mixed = (mixed ^ mixed >> np.uint32(16)) * FIRST
     mixed = (mixed ^ mixed >> np.uint32(13)) * SECOND
-    other = (mixed ^ mixed >> np.uint32(16)) + place
-    return mixed, (other ^ other >> np.uint32(15)) * THIRD
+    mixed = mixed ^ mixed >> np.uint32(16)
+    other = mixed * THIRD
+    return mixed, other ^ other >> np.uint32(15)
 
 
 def _hex(sums: np.ndarray) -> str:

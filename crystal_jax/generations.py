@@ -3,8 +3,8 @@
 Invariant: planning, utilisation and the launching scripts read it here and nowhere else. The scripts do so by
 `python -m crystal_jax.generations v5p-128 --field=hosts`, which needs the standard library only.
 
-Figures: Google's pages of each generation; prices in dollars per chip and hour as of August 2026, of which spot moves
-from zone to zone, hence (from, to). A price of None isn't known.
+Figures: Google's pages of each generation. Prices are estimates: list prices of August 2026 in dollars per chip and
+hour, of which spot moves from zone to zone, hence (from, to). A price of None isn't known.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from crystal_jax.errors import UserError, explain
+from crystal_jax.errors import RestartError, UserError, explain
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30
@@ -61,7 +61,8 @@ def start() -> None:
     Where there are none, this one is its own coordinator, at a local port.
 
     Raises:
-      UserError: an environment that is no such thing, or whose coordinator can't be reached.
+      UserError: an environment that is no such thing.
+      RestartError: a coordinator that can't be reached.
     """
     if jax.distributed.is_initialized():
         return
@@ -81,7 +82,7 @@ def start() -> None:
         if not named and "before any JAX calls" in str(error):
             return  # in a program that uses JAX already, a notebook or a test: one process
         first = str(error).strip().splitlines()[0][:200]
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={named[0] if named else 'found by JAX'}: process "
+        raise RestartError(f"JAX_COORDINATOR_ADDRESS={named[0] if named else 'found by JAX'}: process "
                         f"{named[2] if named else ''} of the run can't join there ({first}); start all of them within "
                         f"{wait} s, with the address of process 0 and a port that is free there") from error
 

@@ -4,6 +4,7 @@ Invariant: what a request gives depends on its own prompt, settings and key only
 follow from itself and from the number of slots, never from the requests beside it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,16 @@ class Request:
     seed: int = 0
     sample: int = 0
     """With the seed, the key of its random numbers."""
+
+
+def key_of(*names: object) -> int:
+    """A seed from 0 to 2^31 - 1 for what has these names."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "little") >> 1
+
+
+def until(text: str, stops: list[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
 class Slots(NamedTuple):

@@ -23,7 +23,7 @@ from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params
 
 LEAST_ROW = 128
-"""Tokens; other rows have twice as many, four times and so on, up to the model's context."""
+"""Tokens."""
 BATCH_TOKENS = 4096
 CHUNK = 64
 """Targets of a row whose logits exist at one time."""
@@ -167,14 +167,20 @@ class Scorer:
         return jax.device_get(found)
 
 
+def row_length(tokens: int, longest: int) -> int:
+    """The shortest kind of row for so many tokens: LEAST_ROW, then four kinds to each doubling, up to `longest`."""
+    if tokens <= LEAST_ROW:
+        return min(LEAST_ROW, longest)
+    step = (LEAST_ROW << ((tokens - 1) // LEAST_ROW).bit_length() - 1) // 4
+    return min(-(-tokens // step) * step, longest)
+
+
 def pack(pieces: list[Piece], longest: int) -> list[Row]:
     """Pieces in rows, each in the shortest kind of row that holds it: first fit, the largest first."""
     rows: list[Row] = []
     open_rows: dict[int, list[Row]] = defaultdict(list)
     for piece in sorted(pieces, key=lambda piece: -max(piece.size, piece.targets)):
-        length = min(LEAST_ROW, longest)
-        while length < max(piece.size, piece.targets):
-            length = min(2 * length, longest)
+        length = row_length(max(piece.size, piece.targets), longest)
         row = next((row for row in open_rows[length] if row.takes(piece)), None)
         if row is None:
             row = Row(length)

@@ -5,6 +5,7 @@ only if every leaf has the fingerprint it was saved with. One that hasn't is mov
 """
 
 import itertools
+import json
 import shutil
 import sys
 import threading
@@ -17,10 +18,10 @@ import numpy as np
 from etils import epath
 
 from crystal_jax import files, trees
-from crystal_jax.config import CheckpointConfig
+from crystal_jax.config import CheckpointConfig, digest
 from crystal_jax.errors import FatalError, UserError
 from crystal_jax.fingerprint import Sums, dispatch
-from crystal_jax.trees import DamageError
+from crystal_jax.trees import DamageError, StructureError
 
 FORMAT = 1
 POSITION = "position.json"
@@ -57,15 +58,25 @@ def read_position(state: epath.Path) -> dict[str, Any]:
     """position.json of a state's folder.
 
     Raises:
-      UserError: a format that this version doesn't know.
+      UserError: a format that this version doesn't know; as trees.damage.
       DamageError: it is missing or damaged.
     """
-    try:
-        position = files.read_json(state / POSITION)
-    except UserError as error:
-        raise DamageError(str(error)) from error
-    check_format(state / POSITION, position)
+    path = state / POSITION
+    with trees.damage(path):
+        position = json.loads(files.read_bytes(path))
+        said = position.pop("digest", None)
+    if said is None:
+        check_format(path, position)
+    if said != digest(position):
+        raise DamageError(f"{path}: doesn't have the digest that it states; it is damaged")
+    check_format(path, position)
     return position
+
+
+def write_position(state: epath.Path, position: dict[str, Any]) -> None:
+    """position.json, which makes a state's folder whole."""
+    position = {"format": FORMAT, **position}
+    files.write_json(state / POSITION, {**position, "digest": digest(position)})
 
 
 def check_format(path: epath.Path, found: dict[str, Any]) -> None:
@@ -123,8 +134,7 @@ class RollingStates:
             self._writer.wait()
             fingerprint = sums.leaves()
             if jax.process_index() == 0:
-                files.write_json(self.folder / str(step) / POSITION,
-                                 {"format": FORMAT, **position, "fingerprint": fingerprint})
+                write_position(self.folder / str(step), {**position, "fingerprint": fingerprint})
                 self._remove_old()
         except BaseException as error:
             self._error = error
@@ -189,7 +199,7 @@ class RollingStates:
         accept: raises for the position of a state that isn't this run's.
 
         Raises:
-          UserError: as accept; a newer format.
+          UserError: as accept; a newer format; as trees.damage.
           FatalError: states, but none of the newest few can be used.
         """
         damaged: dict[int, DamageError] = {}
@@ -215,7 +225,7 @@ class RollingStates:
 
         Raises:
           DamageError: missing or damaged files; leaves that are missing, left over, of another shape, dtype or value.
-          UserError: as accept; a newer format.
+          UserError: as accept; a newer format; as trees.damage.
         """
         folder = self.folder / str(step)
         state, position, problem = None, {}, None
@@ -224,7 +234,7 @@ class RollingStates:
             accept(step, position)
             try:
                 state = {item: trees.read(folder / item, tree) for item, tree in abstract.items()}
-            except UserError as error:  # the plan is the run's, so another structure is damage too
+            except StructureError as error:  # the plan is the run's, so it is damage too
                 raise DamageError(str(error)) from error
         except DamageError as error:
             problem = error

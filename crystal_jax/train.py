@@ -211,6 +211,7 @@ class Run:
                 break
         self.watchdog.slow(GIVEN_UP * self.config.checkpoints.slow_save_seconds)
         self.states.close()
+        self.warn(step + 1)
         self.log.close()
         if stopped:
             self.progress.note(f"saved step {step + 1}; the same command goes on from there")
@@ -287,6 +288,9 @@ class Run:
             return
         self.log.write("train", done, **self.place(done), **self.consumed(done), **record)
         self.progress.show(done, record)
+        self.warn(done)
+
+    def warn(self, done: int) -> None:
         for line in self.states.check():
             self.log.write("warning", done, text=line)
             self.progress.note(line)

@@ -4,9 +4,12 @@ The only file that knows Orbax. Its invariant: what `read` returns has the paths
 whether it has the bits that were written is for fingerprints to say, since Orbax restores damaged ones in silence.
 """
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import errno
+import re
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,16 +20,60 @@ from crystal_jax import files
 from crystal_jax.errors import RestartError, UserError, refusal
 from crystal_jax.fingerprint import dotted
 
-FULL = ("No space left", "RESOURCE_EXHAUSTED", "ENOSPC")
+FULL = ("No space left", "Disk quota exceeded")
 """In what Orbax and TensorStore raise on a full disk."""
+PASSING = "UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED|Too many open files|Cannot allocate memory"
+"""In what they and JAX raise for want of memory or of an answer, which says nothing of what is stored."""
+DENIED = "PERMISSION_DENIED|Permission denied"
+T = TypeVar("T")
+
 
 class DamageError(UserError):
     """Files that are missing or don't hold what was written."""
 
 
-def _handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+class StructureError(UserError):
+    """A tree of other paths, shapes or dtypes."""
+
+
+async def _to_the_end(work: Awaitable[T]) -> T:
+    """Its result; if it fails, that is raised once all that it has started has ended.
+
+    Orbax closes its event loop on the first error, and other reads that end later complain of that on stderr.
+    """
+    before = asyncio.all_tasks()
+    try:
+        return await work
+    except BaseException:
+        while left := asyncio.all_tasks() - before:
+            await asyncio.gather(*left, return_exceptions=True)
+        raise
+
+
+class _Arrays(ocp.type_handlers.ArrayHandler):
+    async def deserialize(self, *args: Any, **options: Any) -> Any:
+        return await _to_the_end(super().deserialize(*args, **options))
+
+    async def metadata(self, *args: Any, **options: Any) -> Any:
+        return await _to_the_end(super().metadata(*args, **options))
+
+
+class _HostArrays(ocp.type_handlers.NumpyHandler):
+    async def deserialize(self, *args: Any, **options: Any) -> Any:
+        return await _to_the_end(super().deserialize(*args, **options))
+
+    async def metadata(self, *args: Any, **options: Any) -> Any:
+        return await _to_the_end(super().metadata(*args, **options))
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # By itself Orbax copies all arrays of the host before it writes; only a save in the background needs that, and ours
+    # are of devices.
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _HostArrays(deepcopy_host_arrays=False)), (jax.Array, _Arrays()))
     # Compression made saves 5 to 10 times slower for 7.5% less space, and took 200-700 MB more memory.
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False, **options)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False,
+                                       type_handler_registry=arrays)
 
 
 class Writer:
@@ -53,11 +100,7 @@ class Writer:
 
 def write(folder: epath.Path, tree: Any) -> None:
     """Writes a tree of arrays, of devices or of this process's host, in place of what is there."""
-    # By itself Orbax copies all arrays of the host before it writes; only a save in the background needs that.
-    arrays = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()))
-    with ocp.Checkpointer(_handler(type_handler_registry=arrays)) as writer:
+    with ocp.Checkpointer(_handler()) as writer:
         writer.save(folder, args=ocp.args.PyTreeSave(tree), force=True)
 
 
@@ -65,8 +108,8 @@ def read(folder: epath.Path, abstract: Any) -> Any:
     """A tree in the layouts of `abstract`; doesn't wait for other processes.
 
     Raises:
-      DamageError: missing or damaged files.
-      UserError: as check_tree.
+      StructureError: as check_tree.
+      UserError: as damage.
     """
     handler = _handler()
     with damage(folder):
@@ -79,7 +122,7 @@ def read_numpy(folder: epath.Path) -> Any:
     """A tree as it was written, on the host.
 
     Raises:
-      DamageError: missing or damaged files.
+      UserError: as damage.
     """
     handler = _handler()
     with damage(folder):
@@ -106,12 +149,28 @@ def saving(folder: epath.Path) -> Iterator[None]:
 
 @contextmanager
 def damage(folder: epath.Path) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise for damaged files, a dozen types, into one line."""
+    """Turns what Orbax and TensorStore raise for files that can't be read, a dozen types, into one line.
+
+    Raises:
+      DamageError: missing or damaged files.
+      RestartError: too little memory, storage that doesn't answer.
+      UserError: no permission, no valid credentials.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # of another disk, to which it is copied
+        if files.is_remote(folder) and (line := refusal(error)):
+            raise UserError(f"{folder}: {line}") from error
+        if isinstance(error, MemoryError) or re.search(PASSING, str(error)):
+            raise RestartError(f"{folder}: can't be read now ({_first_line(error)}); nothing is changed: give the same "
+                               "command again") from error
+        if re.search(DENIED, str(error)):
+            raise UserError(f"{folder}: no permission to read it ({_first_line(error)}); change its mode or owner, or "
+                            "run as another user") from error
         raise DamageError(f"{folder}: missing or damaged files ({_first_line(error)})") from error
 
 
@@ -123,18 +182,18 @@ def check_tree(path: str, found: Any, expected: Any) -> None:
     """Refuses a tree whose paths, shapes or dtypes differ from what is expected.
 
     Raises:
-      UserError: the first difference, by path.
+      StructureError: the first difference, by path.
     """
     kept, wanted = _flat(found), _flat(expected)
     for name in sorted(kept.keys() | wanted.keys()):
         have, want = kept.get(name), wanted.get(name)
         if have is None:
-            raise UserError(f"{path}: no leaf {name}, which the model has as {want}; the checkpoint is of another "
+            raise StructureError(f"{path}: no leaf {name}, which the model has as {want}; the checkpoint is of another "
                             "model, or damaged")
         if want is None:
-            raise UserError(f"{path}: leaf {name} {have} is not in the model: the checkpoint is of another model")
+            raise StructureError(f"{path}: leaf {name} {have} is not in the model: the checkpoint is of another model")
         if have != want:
-            raise UserError(f"{path}: leaf {name} is {have}, but the model wants {want}; see config.model")
+            raise StructureError(f"{path}: leaf {name} is {have}, but the model wants {want}; see config.model")
 
 
 def check_fingerprint(path: str, kept: Mapping[str, str], found: Mapping[str, str]) -> None:

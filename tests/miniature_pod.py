@@ -10,6 +10,7 @@ it: tpu/agent.py, started again unless it ended with 0, 1 or 4.
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import signal
@@ -71,7 +72,8 @@ class MiniaturePod:
         self.pod.write(f"BUCKET={self.bucket}\nZONES=({ZONE} us-east5-b)\nTPU_TYPE=v5p-{8 * self.hosts}")
         for hook in ("active", "gone", "reset"):
             script = cloud.hooks / hook
-            script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" --hook={hook} "{self.folder}" "$1"\n')
+            script.write_text(f'#!/bin/sh\nexport PYTHONPATH="{base["PYTHONPATH"]}"\n'
+                              f'exec "{sys.executable}" "{__file__}" --hook={hook} "{self.folder}" "$1"\n')
             script.chmod(0o755)
         launch = {"code": "0", "environment": {"lock": "0", "sha256": "0"}, "args": self.arguments, "variables": {}}
         settings = {"bucket": self.bucket, "hosts": self.hosts, "launch": launch}
@@ -282,6 +284,7 @@ def main() -> int:
     from running import Recipe, left_behind
     from world import make_world, write_config
 
+    logging.getLogger("absl").setLevel(logging.ERROR)
     folder = args.folder.resolve()
     folder.mkdir(parents=True)
     recipe = Recipe(write_config(make_world(folder / "data"), folder / "config.py"), {

@@ -25,7 +25,7 @@ from conftest import OUTER_ENVIRONMENT, ROOT
 
 from crystal_jax import files
 
-CLOCK = ("time", "tokens_per_second", "step_seconds", "seconds")
+CLOCK = ("time", "tokens_per_second", "step_seconds", "seconds", "digest")
 """What two equal runs may differ in."""
 STATE, EXPORT = r"checkpoints/\d+", r"exports/[^/]+/[^/]+"
 END_SECONDS = 300
@@ -48,7 +48,7 @@ class Trainer:
         while self.running() and time.monotonic() < end:
             if come():
                 return True
-            time.sleep(0.02)
+            time.sleep(0.05)
         return False
 
     def signal(self, number: signal.Signals) -> None:
@@ -176,7 +176,7 @@ def left_behind(run_dir: Path | str) -> dict[str, Any]:
         elif name == "manifest.json" or (tree in finished and file in ("position.json", "checkpoint.json")):
             found[name] = _timeless(files.read_json(root / name))
     for record in records(run_dir):
-        if record["kind"] != "start":
+        if record["kind"] not in ("start", "warning"):
             found[f"metrics.jsonl {record['kind']} {record['step']}"] = _timeless(record)
     return found
 

@@ -15,10 +15,9 @@ from running import Recipe, assert_same, committed, left_behind, reached, seeded
 
 EVERY = 10
 """Steps between saves; a step takes some hundredths of a second."""
-LONG = ("--config.phases[0].steps=60", "--config.phases[1].steps=80", "--config.phases[2].tokens=15360",
-        "--config.phases[0].checkpoint_every=20", "--config.phases[1].checkpoint_every=25",
-        f"--config.checkpoints.every_steps={EVERY}", "--config.training.log_every=1", "--config.training.eval_every=50")
-STEPS = 200
+LONG = ("--config.phases[0].steps=30", "--config.phases[1].steps=40", "--config.phases[2].tokens=7680",
+        "--config.phases[0].checkpoint_every=10", "--config.phases[1].checkpoint_every=15",
+        f"--config.checkpoints.every_steps={EVERY}", "--config.training.log_every=1", "--config.training.eval_every=25")
 
 
 class Kills:
@@ -43,7 +42,7 @@ class Kills:
         else:
             trainer.wait_until(lambda: len(starts(self.run_dir)) > before)
             begun = reached(self.run_dir)
-            wanted = begun + self.rng.uniform(0, 2.5 * EVERY)
+            wanted = begun + self.rng.uniform(0, 3 * EVERY)
             trainer.wait_until(lambda: reached(self.run_dir) >= wanted)
             time.sleep(self.rng.uniform(0, 0.2))
         trainer.process.kill()
@@ -106,5 +105,5 @@ def test_killed_ten_times_on_gs(long: Recipe, long_undisturbed: dict[str, Any], 
                                 drill_record: DrillRecord) -> None:
     drill = drill_record("F2", "kill -9 at random moments of three phases, run on gs://; then equal to an undisturbed "
                                "run in parameters, calendar and metrics")
-    remote = long.using(gcs.environment)
+    remote = long.using({**gcs.environment, "CRYSTAL_LEASE_SECONDS": "1"})
     kill_and_compare(Kills(remote, gcs.folder, seeded("F2")), 10, long_undisturbed, drill)

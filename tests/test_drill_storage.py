@@ -1,12 +1,13 @@
 """A bucket that refuses, stalls, breaks off and lies, behind the proxy of faults.py: saved whole, or not counted."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drills import Drill, DrillRecord
-from faults import ANY, DELETE, DOWNLOAD, MEDIA, UPLOAD, Faults, Rule, faults
+from faults import ANY, DOWNLOAD, MEDIA, UPLOAD, Faults, Rule, faults
 from gcs import Emulator
 from running import Recipe, assert_same, committed, copied, reached, starts, under_way
 
@@ -16,6 +17,7 @@ EXPORTS = "(POST|PUT) /upload/.*exports.*"
 STATE_DATA = "POST /upload/.*uploadType=media.*checkpoints.*(%2F|/)d(%2F|/).*"
 EXPORT_DATA = "POST /upload/.*uploadType=media.*exports.*(%2F|/)d(%2F|/).*"
 """Data files of OCDBT, those with the arrays."""
+STATE_DELETE = "DELETE .*checkpoints.*(%2F|/)d(%2F|/).*"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def proxy(gcs: Emulator) -> Iterator[Faults]:
 
 @pytest.fixture(scope="module")
 def remote(recipe: Recipe, proxy: Faults) -> Recipe:
-    return recipe.using(proxy.environment)
+    return recipe.using({**proxy.environment, "CRYSTAL_LEASE_SECONDS": "2"})
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +97,17 @@ def test_half_an_upload_that_is_called_whole(name: str, match: str, remote: Reci
     fails_and_goes_on(remote, run_dir, Rule("shorten", match, times=1), proxy, undisturbed, drill)
 
 
-def test_deletes_are_refused(remote: Recipe, halfway: Path, undisturbed: dict[str, Any], proxy: Faults, gcs: Emulator,
-                             drill_record: DrillRecord) -> None:
-    drill = drill_record("F16", "403 on half of the deletes, so that old states on gs:// are torn: none counts, and "
-                                "all are removed later")
+@pytest.mark.parametrize("times", [1, None], ids=["once", "to the end"])
+def test_deletes_are_refused(times: int | None, remote: Recipe, halfway: Path, undisturbed: dict[str, Any],
+                             proxy: Faults, gcs: Emulator, drill_record: DrillRecord) -> None:
+    drill = drill_record("F16", "403 on deletes, so that an old state on gs:// is torn: it doesn't count, and the next "
+                                "save removes it if it may")
     run_dir = copied(halfway, gcs.folder())
-    proxy.set(Rule("refuse", DELETE, 0.5, status=403))
+    proxy.set(Rule("refuse", STATE_DELETE, status=403, times=times))
     with drill.attempt():
-        code, said = remote.start(run_dir).end()
-        print(f"exit code {code}, states {committed(run_dir)}, torn {under_way(run_dir)}: "
-              f"{said.strip().splitlines()[-1]}")
-        assert proxy.counts()["refuse"]
-        proxy.set()
-        remote.finish(run_dir)
+        said = remote.finish(run_dir)
+        torn = set(re.findall("(checkpoints/[0-9]+): can't be removed", said))
+        assert proxy.counts()["refuse"] and torn, said
+        assert under_way(run_dir) == ([] if times else sorted(torn))
+        assert not torn & {f"checkpoints/{step}" for step in committed(run_dir)}
         assert_same(run_dir, undisturbed)

@@ -19,9 +19,6 @@ from crystal_jax.fingerprint import fingerprint
 from crystal_jax.model import abstract_params
 from crystal_jax.states import RollingStates
 
-# As in test_states.py.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 PLANNED = {2: "one/step_000002", 4: "one/step_000004", 6: "two/step_000002"}
 
 
@@ -133,6 +130,16 @@ def test_what_is_missing_is_made_from_the_state_of_its_step(run: Path, mesh: jax
     again = Calendar(run, PLANNED)
     again.refresh("abc")
     assert manifest(run) == {PLANNED[2]: False, PLANNED[4]: True, PLANNED[6]: True}, "the folders are the truth"
+
+
+def test_a_kept_state_that_is_damaged_stops_no_run(run: Path, mesh: jax.sharding.Mesh) -> None:
+    states = RollingStates(run / "checkpoints", CheckpointConfig(), [])
+    states.save(4, make_state(mesh, 4), {"model": to_dict(MODEL), "interval": {}, "window": {}, **info(4, PLANNED[4])})
+    states.close()
+    FAULTS["a flipped bit"](max((run / "checkpoints/4/params/d").iterdir(), key=lambda file: file.stat().st_size))
+    lines = catch_up(Calendar(run, {4: PLANNED[4]}), 6, states, abstract_params(SPECS, mesh), Config(model=MODEL))
+    assert len(lines) == 1 and "can't be made from the state of step 4: " in lines[0] and "damaged" in lines[0]
+    assert not (run / "exports").exists()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -134,7 +134,7 @@ def test_with_a_cache_as_without(name: str) -> None:
     for first, last in ((0, 10), (10, 11), (11, 24)):
         positions = np.broadcast_to(np.arange(first, last), (3, last - first))
         mask = (slots[None, :] <= np.arange(first, last)[:, None])[None, None]
-        part, cache = bound.extend(tokens[:, first:last], positions, mask, cache, jnp.int32(first))
+        part, cache = bound.extend(tokens[:, first:last], positions, mask, cache, jnp.full(len(tokens), first))
         np.testing.assert_allclose(part, whole[:, first:last], atol=2e-5)
 
 

@@ -124,10 +124,7 @@ def test_what_the_bodies_must_say() -> None:
 
 def test_the_trap_of_the_alpha_track(api: dict[str, str], tmp_path: Path) -> None:
     """Why the scripts use the track that is generally available."""
-    argv = created(tmp_path, "")
-    assert gcloud(api, argv).returncode == 0
-    assert Api.requests.pop()["body"]["spot"] == {}
-    assert gcloud(api, ["alpha", *argv]).returncode == 0
+    assert gcloud(api, ["alpha", *created(tmp_path, "")]).returncode == 0
     assert Api.requests.pop()["body"]["provisioningModel"] == "STANDARD"
 
 

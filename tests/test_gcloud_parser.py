@@ -24,7 +24,8 @@ def shapes() -> list[str]:
     """One command of each shape: what differs in values only is parsed once."""
     found: dict[str, str] = {}
     for line in GOLDEN.read_text().splitlines():
-        if not line.startswith("#"):
+        # Creation goes further than the parser, in test_gcloud_api.py.
+        if not line.startswith("#") and " create " not in line:
             words = [re.sub(r"=.*", "", word) if word.startswith("--") else word for word in shlex.split(line)]
             found.setdefault(" ".join(words), line)
     return list(found.values())

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from llama_cpp import LlamaCpp
 from test_convert import Checkpoint, random_params, refused
@@ -91,8 +91,10 @@ def test_any_shape_runs(tmp_path_factory: pytest.TempPathFactory, world: Path, h
                     rotary_dim=2 * max(1, int(part * (head // 2))))
     params, place = random_params(model, head), tmp_path_factory.mktemp("shape") / "out"
     export.export(Checkpoint(params, model, world / "tokenizer.json"), "gguf", place, heads=heads + further)
-    found = LlamaCpp(place / FILE, MODEL.max_length).next_token(IDS, 20)
     expected = log_probabilities(params, IDS, model)
+    # Where a byte is the most probable, llama.cpp waits for the rest of the character and gives no probabilities.
+    assume(not 3 <= expected.argmax() < 259)
+    found = LlamaCpp(place / FILE, MODEL.max_length).next_token(IDS, 20)
     assert max(abs(value - expected[token]) for token, value in found.items()) <= BARS["float32"]
 
 

@@ -88,6 +88,17 @@ def test_each_answer(answers: dict[str, Answer], check, start: str, good: object
     assert [level for level, _ in check(make_job())] == [BAD]
 
 
+def test_each_zone_is_checked(answers: dict[str, Answer], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the supervisor may go when capacity is lost."""
+    answers["compute tpus accelerator-types list --zone=us-east5-a"] = said("v5p-128\n")
+    code = preflight.main(["--project=p", "--zones=us-east5-a,europe-west4-b", "--bucket=my-bucket", "--run=r",
+                           "--type=v5p-128", "--slices=1", "--capacity=spot", f"--service-account={ACCOUNT}",
+                           "--subnetwork=crystal", "--", "--config=configs/crystal_7b.py", *MESH])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " type " in line]
+    assert code == 1
+    assert [line.split()[0] for line in lines] == [GOOD, BAD] and "europe-west4-b" in lines[1]
+
+
 @pytest.mark.parametrize("value, level", [(64, BAD), (128, GOOD), (None, DOUBTFUL)])
 def test_quota(answers: dict[str, Answer], value: int | None, level: str) -> None:
     def quota(name: str, limit: int) -> dict:

@@ -1,5 +1,7 @@
 """Packed rows and shared contexts against the plainest way: each request in a row of its own, all logits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,3 +140,23 @@ def test_requests_that_make_no_sense(query: Query, said: str) -> None:
 def test_the_longest_request_fits(params: Params, logprobs) -> None:
     query = Query((5,), tuple([7] * MODEL.max_length))
     assert Scorer(CRYSTAL, params)([query])[0].logprob == pytest.approx(direct(logprobs, query)[0], abs=1e-3)
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096))
+def test_rows_are_hardly_longer_than_what_they_hold(tokens: int, longest: int) -> None:
+    length = scoring.row_length(min(tokens, longest), longest)
+    assert min(tokens, longest) <= length <= longest
+    assert length <= max(scoring.LEAST_ROW, 1.25 * tokens) and len({
+        scoring.row_length(n, 4096) for n in range(1, 4097)}) == 21
+
+
+def test_ten_shots_are_computed_once_for_four_endings(params: Params) -> None:
+    """Documents of HellaSwag's shape, without computing anything: the tokens in rows against those of the requests."""
+    rng = np.random.default_rng(3)
+    asked = []
+    for length in rng.integers(950, 1450, 60).tolist():
+        context = tuple(rng.integers(0, 60, length).tolist())
+        asked += [Query(context, tuple(range(int(size)))) for size in rng.integers(12, 36, 4)]
+    long = dataclasses.replace(MODEL, max_length=2048)
+    rows = pack(Scorer(Crystal(long), params)._pieces(asked), 2048)
+    assert sum(row.length for row in rows) <= 0.35 * sum(len(context) + len(ids) - 1 for context, ids in asked)

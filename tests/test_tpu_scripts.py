@@ -100,6 +100,8 @@ def test_the_printed_command_is_the_one_that_runs(pod: Pod) -> None:
 @pytest.mark.parametrize(("settings", "says"), [
     ("PROJECT=My_Project", "gcloud projects list"),
     ("ZONES=(us-east5)", "gcloud compute tpus locations list"),
+    ("ZONES=(us-east5-a nowhere)", "gcloud compute tpus locations list"),
+    ("ZONES=()", "one at least"),
     ("TPU_TYPE=v5p-100", "v5p-128"),
     ("TPU_TYPE=tpu7x-256", "tpu/gke"),
     ("FLAG_SET=fastest", "default"),
@@ -180,6 +182,20 @@ def test_delete_waits_until_it_is_known_to_be_gone(pod: Pod) -> None:
     described = [argv for argv in pod.cloud.calls() if argv[3] == "describe"]
     assert len(described) == 3 + 2 + 1
     assert pod("delete").returncode == 0  # what is gone already
+
+
+def test_every_zone_is_looked_at_and_emptied(pod: Pod) -> None:
+    """Where the supervisor has moved to costs money too."""
+    pushed(pod)
+    assert pod("create", "--zone=us-east5-b").returncode == 0
+    pod.write(f"ZONES=({ZONE} us-east5-b)")
+    assert pod("status").stdout.splitlines()[:2] == [f"crystal-7b in {ZONE}: doesn't exist",
+                                                     "crystal-7b in us-east5-b: ACCEPTED"]
+    pod.cloud.answer(f"{RESOURCES} delete", stderr=UNAVAILABLE, code=1, times=1)  # in the first zone
+    result = pod("delete")
+    assert result.returncode == 1
+    assert f"tpu/delete: {ZONE}: " in result.stderr and "us-east5-b: gone" in result.stderr
+    assert pod.cloud.resources() == {}
 
 
 def test_delete_that_may_not_is_one_line(pod: Pod) -> None:

@@ -26,7 +26,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """How a call of gcloud ended; code -1: it was still running after its time."""
+    """How a call of gcloud ended; code -1: it was still running after its time, or couldn't be started."""
 
     code: int
     out: str
@@ -58,6 +58,8 @@ def call(argv: list[str], text: str | None = None, seconds: float = CALL_SECONDS
                               capture_output=True, timeout=seconds, start_new_session=True, check=False)
     except subprocess.TimeoutExpired:
         return Answer(-1, "", f"no answer within {seconds:.0f} s")
+    except OSError as error:
+        return Answer(-1, "", f"{argv[0]}: {error.strerror}")
     return Answer(done.returncode, done.stdout, " ".join(done.stderr.split()))
 
 

@@ -26,7 +26,7 @@ usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
   echo
   echo "  --env=FILE   the run's settings; default tpu/pod.env, made from tpu/example.env"
-  echo "  --zone=ZONE  instead of the first of ZONES"
+  echo "  --zone=ZONE  instead of ZONES"
   echo "  --dry-run    print the commands, each as it could be typed, and run none"
   exit 0
 }
@@ -50,7 +50,7 @@ only_common_options() {
   done
 }
 
-# read_settings: the environment file, checked; then NAME, ZONE, POD.
+# read_settings: the environment file, checked; then ZONES (or the one that was asked for), ZONE (the first), POD.
 read_settings() {
   [[ -f $ENV_FILE ]] || fail "$ENV_FILE: missing; make one: cp tpu/example.env $(printf %q "$ENV_FILE")"
   bash -n "$ENV_FILE" || fail "$ENV_FILE: isn't bash; quote what has spaces"
@@ -60,12 +60,16 @@ read_settings() {
   for name in PROJECT RUN BUCKET TPU_TYPE SLICES CAPACITY WAIT_HOURS MAX_HOURS SERVICE_ACCOUNT NETWORK SUBNETWORK OWNER; do
     [[ -n ${!name:-} ]] || fail "$ENV_FILE: $name is missing; tpu/example.env shows one"
   done
-  [[ -v TRAIN_ARGS && -v ZONES ]] || fail "$ENV_FILE: TRAIN_ARGS or ZONES is missing; tpu/example.env shows one"
-  ZONE=${ZONE:-${ZONES[0]}}
+  [[ -v TRAIN_ARGS ]] || fail "$ENV_FILE: TRAIN_ARGS is missing; tpu/example.env shows one"
+  [[ -z $ZONE ]] || ZONES=("$ZONE")
+  [[ -n ${ZONES[0]:-} ]] || fail "$ENV_FILE: ZONES: one at least; see: gcloud compute tpus locations list"
   check PROJECT '^[a-z][a-z0-9-]{4,28}[a-z0-9]$' "a project's ID; see: gcloud projects list"
   check RUN '^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$' "lowercase letters, digits and dashes, 50 at most"
   check BUCKET '^[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$' "a bucket's name without gs://; see: gcloud storage ls"
-  check ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' "a zone such as us-east5-a; see: gcloud compute tpus locations list"
+  for ZONE in "${ZONES[@]}"; do
+    check ZONE '^[a-z]+-[a-z]+[0-9]+-[a-z]$' "a zone such as us-east5-a; see: gcloud compute tpus locations list"
+  done
+  ZONE=${ZONES[0]}
   check OWNER '^[a-z0-9_-]{1,63}$' "lowercase letters, digits, dashes and underscores (a label)"
   check SLICES '^[1-9][0-9]*$' "a number of slices"
   check WAIT_HOURS '^[1-9][0-9]*$' "a whole number of hours"
@@ -73,6 +77,8 @@ read_settings() {
   ((MAX_HOURS > WAIT_HOURS)) || fail "$ENV_FILE: MAX_HOURS=$MAX_HOURS: more than WAIT_HOURS=$WAIT_HOURS"
   check CAPACITY '^(spot|on-demand|reserved)$' "spot, on-demand or reserved"
   check SERVICE_ACCOUNT '^[^@ ,]+@[^@ ,]+$' "a service account's address; see: gcloud iam service-accounts list"
+  # Last, so that a dry run and a wrong setting don't need it.
+  [[ -n $DRY_RUN ]] || command -v gcloud >/dev/null || fail "gcloud isn't installed; see https://cloud.google.com/sdk/docs/install"
   export POD=gs://$BUCKET/$RUN/pod
 }
 

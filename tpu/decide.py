@@ -128,7 +128,7 @@ def find_outcome(seen: Seen, ledger: Ledger, limits: Limits) -> tuple[str, str]:
          f"hosts {list(seen.dirty)} refuse to start"),
         ("crash loop", stuck, f"{CRASHES} crashes at step {crashes[-1] if crashes else -1}"),
         ("limit", hours >= limits.hours, f"{hours:.1f} h of {limits.hours:g} h are over"),
-        ("limit", dollars >= limits.dollars, f"${dollars:,.0f} of ${limits.dollars:,.0f} are spent"),
+        ("limit", dollars >= limits.dollars, f"${dollars:,.0f} of ${limits.dollars:,.0f} are spent, by estimate"),
     )
     return next(((outcome, why) for outcome, holds, why in reasons if holds), ("", ""))
 
@@ -201,7 +201,7 @@ def account(seen: Seen, ledger: Ledger) -> Ledger:
 
 
 def spent(seen: Seen, ledger: Ledger, limits: Limits) -> tuple[float, float]:
-    """(hours since the first start, dollars)."""
+    """(hours since the first start, dollars, an estimate by list prices)."""
     return (seen.now - ledger.started) / 3600, ledger.paid / 3600 * limits.dollars_per_hour
 
 

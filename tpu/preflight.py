@@ -155,7 +155,7 @@ def check_rights(job: Job) -> Iterator[Line]:
                  if member in binding.get("members", ())}
         yield (GOOD if roles else DOUBTFUL), (
             f"{job.service_account} in the project: {', '.join(sorted(roles)) or 'no role'}; to release capacity by "
-            "itself it needs tpu.queuedResources.delete (docs/tpu.md)")
+            "itself it needs tpu.nodes.delete (docs/tpu.md, Rights)")
 
 
 def check_network(job: Job) -> Iterator[Line]:
@@ -266,7 +266,7 @@ def check_cost(job: Job) -> Iterator[Line]:
     dollars = "the price isn't known" if price is None else "$" + " to $".join(
         f"{value * job.slices * days[1] * 24:,.0f}" for value in dict.fromkeys(price))
     yield GOOD, (f"{tokens:.3g} tokens: {days[0]:.1f} / {days[1]:.1f} / {days[2]:.1f} days at 40/50/60% MFU (assumed), "
-                 f"{dollars} at 50% without preemptions ({job.capacity})")
+                 f"an estimated {dollars} at 50% without preemptions ({job.capacity}, list prices)")
     per_step = tokens / plan.total_steps
     step = seconds_per_step(job, MFU[1], int(per_step))
     checkpoints = job.config.checkpoints
@@ -277,16 +277,18 @@ def check_cost(job: Job) -> Iterator[Line]:
         (f"; set --config.checkpoints.every_minutes=15 (at most {LOST_MINUTES} on spot)" if late else ""))
 
 
+PLACED = ("type", "quota", "bucket", "network")
+"""Of each zone."""
 CHECKS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "type": check_type, "quota": check_quota, "bucket": check_bucket, "rights": check_rights,
     "network": check_network, "objects": check_objects, "memory": check_fit, "cost": check_cost,
 }
 
 
-def read_job(argv: list[str] | None) -> tuple[Job, bool]:
-    """The arguments that tpu/preflight gives, and whether to ask nothing."""
+def read_jobs(argv: list[str] | None) -> tuple[list[Job], bool]:
+    """The arguments that tpu/preflight gives, for each zone, and whether to ask nothing."""
     parser = Parser(prog="tpu/preflight", allow_abbrev=False)
-    for name in ("project", "zone", "bucket", "run", "type", "capacity", "service-account", "subnetwork"):
+    for name in ("project", "zones", "bucket", "run", "type", "capacity", "service-account", "subnetwork"):
         parser.add_argument(f"--{name}", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--slices", type=int, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--yes", action="store_true", help="don't ask")
@@ -296,17 +298,19 @@ def read_job(argv: list[str] | None) -> tuple[Job, bool]:
     if config is None:
         raise UserError("TRAIN_ARGS: no --config=FILE")
     overrides = [item for item in args.train if item.startswith("--config.")]
-    return Job(args.project, args.zone, args.bucket, args.run, find_slice(args.type), args.slices, args.capacity,
-               args.service_account, args.subnetwork, load_config(config, overrides)), args.yes
+    loaded = load_config(config, overrides)
+    return [Job(args.project, zone, args.bucket, args.run, find_slice(args.type), args.slices, args.capacity,
+                args.service_account, args.subnetwork, loaded) for zone in args.zones.split(",")], args.yes
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the checks; 0 if none is bad and the question was answered with yes."""
     try:
-        job, yes = read_job(argv)
+        jobs, yes = read_jobs(argv)
         bad = 0
         for name, check in CHECKS.items():
-            for level, text in check(job):
+            asked = jobs if name in PLACED else jobs[:1]
+            for level, text in dict.fromkeys(line for job in asked for line in check(job)):
                 print(f"{level:4} {name:8} {text}", flush=True)
                 bad += level == BAD
     except UserError as error:

@@ -106,11 +106,8 @@ def act(action: Action, cloud: Cloud, watch: Watch, limits: Limits) -> None:
         say(f"  {action.kind} in {action.zone} failed: {answer.error[:400]}")
 
 
-def supervise(cloud: Cloud, limits: Limits, lease: Lease, watch: Watch, args: argparse.Namespace) -> int:
+def supervise(cloud: Cloud, limits: Limits, lease: Lease, ledger: Ledger, watch: Watch, tick_seconds: float) -> int:
     """Runs to the end; returns the exit code."""
-    ledger = lease.take(args.lease_seconds)
-    if args.again:
-        ledger = Ledger(used=ledger.used)
     said = ""
     while True:
         seen = look(cloud, watch, ledger, limits.zones)
@@ -123,7 +120,7 @@ def supervise(cloud: Cloud, limits: Limits, lease: Lease, watch: Watch, args: ar
             line += " (not done: the bucket can't be written)"
         if line != said:
             hours, dollars = spent(seen, noted, limits)
-            say(f"{line} · attempt {ledger.attempt}, {hours:.1f} h, ${dollars:,.0f}")
+            say(f"{line} · attempt {ledger.attempt}, {hours:.1f} h, estimated ${dollars:,.0f}")
             said = line
         if action.kind == "finish":
             if left := [zone for zone, state in seen.resources.items() if state != GONE]:
@@ -131,7 +128,7 @@ def supervise(cloud: Cloud, limits: Limits, lease: Lease, watch: Watch, args: ar
             return action.code
         if written:
             act(action, cloud, watch, limits)
-        if not watch.wake.wait(args.tick_seconds):
+        if not watch.wake.wait(tick_seconds):
             continue
         watch.wake.clear()
 
@@ -149,7 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("hosts", "slices"):
         parser.add_argument(f"--{name}", type=int, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--price", type=float, required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--dollars", type=float, required=True, help="stop when this much is spent")
+    parser.add_argument("--dollars", type=float, required=True, help="stop when this much is spent, by estimate")
     parser.add_argument("--hours", type=float, default=24 * 60, help="stop this long after the first start")
     parser.add_argument("--delete-on-exit", action="store_true", help="Ctrl-C and TERM delete the capacity")
     parser.add_argument("--again", action="store_true", help="forget crashes, hours and dollars so far")
@@ -175,13 +172,19 @@ def main(argv: list[str] | None = None) -> int:
         watch.stop = "delete" if args.delete_on_exit else "leave"
         watch.wake.set()
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    lease = Lease(f"{args.pod}/supervisor.json", holder)
     try:
-        return supervise(cloud, limits, Lease(f"{args.pod}/supervisor.json", holder), watch, args)
+        ledger = lease.take(args.lease_seconds)
+        # Until here an interruption may cut it off: nothing was done.
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        return supervise(cloud, limits, lease, Ledger(used=ledger.used) if args.again else ledger, watch,
+                         args.tick_seconds)
     except Lost as lost:
         print(f"tpu/supervise: {lost}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def ours(files: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def dollars(found: dict[str, Any]) -> str:
-    """So far, if the hosts have existed since the request; a waiting one costs nothing."""
+    """So far, an estimate: list prices, and hosts that have existed since the request; a waiting one costs nothing."""
     from crystal_jax.errors import UserError
     from crystal_jax.generations import find_slice
 
@@ -62,7 +62,7 @@ def print_resources(files: Sequence[str]) -> None:
     rows = [(found["name"], found["zone"], f"{found['slices']} x {found['type']}", found["state"],
              f"{found['hours']:.1f} h", dollars(found), found["labels"].get("crystal-owner", "?"),
              "over" if is_expired(found) else "") for found in ours(files)]
-    print_table(("RUN", "ZONE", "SLICES", "STATE", "AGE", "DOLLARS", "OWNER", "LIMIT"), rows)
+    print_table(("RUN", "ZONE", "SLICES", "STATE", "AGE", "ESTIMATED $", "OWNER", "LIMIT"), rows)
 
 
 def is_expired(found: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ Samples are {"task_id", "completion"}, which other harnesses take too. Running t
 """
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,10 @@ from tqdm import tqdm
 
 from crystal_jax import files
 from crystal_jax.errors import UserError
-from crystal_jax.evaluation.harness import key_of, until
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
 from crystal_jax.execute import Problem, check_layers, execute, format_of, read_problems
-from crystal_jax.sampling import Request
+from crystal_jax.sampling import Request, key_of, until
 
 TOP_P = 0.95
 MAX_TOKENS = 512
@@ -55,8 +55,8 @@ class Settings:
     """Of each problem. The paper doesn't state its number; pass@10 needs ten or more."""
     run: bool = False
     """Whether the samples are run, in the sandbox."""
-    output: str | None = None
-    """The folder that samples are kept in."""
+    output: str = "."
+    """The folder that samples and their results are kept in."""
 
 
 def code_task(name: str, settings: Settings) -> Task:
@@ -74,13 +74,17 @@ def code_task(name: str, settings: Settings) -> Task:
     benchmark = BENCHMARKS[name]
 
     def run(subject: Subject) -> dict[str, float]:
-        folder = Path(settings.output or ".")
-        samples = folder / f"{name}-{subject.info.get('name', 'samples').replace('/', '-')}.jsonl"
+        kept = files.as_path(settings.output) / f"{name}-{subject.info.get('name', 'samples').replace('/', '-')}"
         lines = generate(subject, problems, benchmark, settings.samples)
-        files.write_bytes(samples, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        files.write_bytes(f"{kept}.jsonl", data)
         if not settings.run:
             return {"samples": float(len(lines))}
-        found = execute(samples, settings.problems, samples.with_suffix(".results.jsonl"))
+        with tempfile.TemporaryDirectory() as folder:  # what is kept may lie on gs://
+            samples, results = Path(folder) / "samples.jsonl", Path(folder) / "results.jsonl"
+            samples.write_bytes(data)
+            found = execute(samples, settings.problems, results)
+            files.write_bytes(f"{kept}.results.jsonl", results.read_bytes())
         return {key: float(value) for key, value in found.items()}
 
     return Task(name, run, {"task": name, "problems": files.sha256(settings.problems), "samples": settings.samples,

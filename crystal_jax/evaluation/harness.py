@@ -4,7 +4,6 @@ The one file that imports lm_eval, for 1.5 s and without torch: import it where 
 gives depends on its own text and settings only; a sample's key is made of its task, document and number.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.sampling import Request, Sampler
+from crystal_jax.sampling import Request, Sampler, key_of, until
 from crystal_jax.scoring import Query, Scorer
 
 MAX_NEW_TOKENS = 256
@@ -35,6 +34,8 @@ class CrystalLM(TemplateLM):
         self.scorer, self.sampler, self._tokenizer = scorer, sampler, tokenizer
         self.max_length = scorer.model.config.max_length
         self.add_bos, self.progress = add_bos, progress
+        self.cut = 0
+        """Requests so far whose context was too long for the model, so that only its end was asked."""
 
     @property
     def eot_token_id(self) -> int:
@@ -55,11 +56,9 @@ class CrystalLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[
             tuple[float, bool]]:
-        for (context, continuation), _context_ids, ids in requests:
-            if not ids:
-                raise UserError(f"a choice has no token of its own after {context[-60:]!r}: {continuation!r}; give "
-                                "each choice some text")
+        before = self.scorer.cut
         found = self.scorer([Query(tuple(context), tuple(ids)) for _, context, ids in requests], self.progress)
+        self.cut += self.scorer.cut - before
         return [(score.logprob, score.greedy) for score in found]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -101,24 +100,15 @@ class CrystalLM(TemplateLM):
                                 f"{self.max_length - 1}, so that the model's context has room for a prompt")
             sampled = settings.get("do_sample", settings.get("temperature", 0.0) > 0)
             document = (request.task_name, request.doc_id)
-            prompt = self.tok_encode(text)[-(self.max_length - tokens):] or [self.prefix_token_id]
-            yield Request(tuple(prompt), tokens, float(settings.get("temperature", 1.0)) if sampled else 0.0,
+            prompt, room = self.tok_encode(text) or [self.prefix_token_id], self.max_length - tokens
+            self.cut += len(prompt) > room
+            yield Request(tuple(prompt[-room:]), tokens, float(settings.get("temperature", 1.0)) if sampled else 0.0,
                           float(settings.get("top_p", 1.0)), key_of(*document), seen[document])
             seen[document] += 1
 
     def _text(self, ids: list[int]) -> str:
         special = set(self._tokenizer.special_ids)
         return self._tokenizer.decode_fragment(token for token in ids if token not in special)
-
-
-def key_of(*names: object) -> int:
-    """A seed from 0 to 2^31 - 1 for what has these names."""
-    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "little") >> 1
-
-
-def until(text: str, stops: list[str]) -> str:
-    """The text up to the first of the stop strings."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def _stops(settings: dict[str, Any]) -> list[str]:

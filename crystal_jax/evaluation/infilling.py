@@ -17,10 +17,9 @@ from crystal_jax.data.pipeline import Stores
 from crystal_jax.data.store import TokenStore
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.evaluation.harness import key_of
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
-from crystal_jax.sampling import Request
+from crystal_jax.sampling import Request, key_of
 from crystal_jax.scoring import Query
 
 KINDS = ("single_line", "multi_line", "random_span")

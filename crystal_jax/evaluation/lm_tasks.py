@@ -5,8 +5,10 @@ fetched. Invariant: what is measured is what lm-eval's own backends measure on t
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -58,12 +60,18 @@ class Settings:
     """Whether <s> precedes each text."""
 
 
+def _check_installed(name: str) -> None:
+    if not importlib.util.find_spec("lm_eval"):
+        raise UserError(f"--tasks={name}: needs lm-eval; pip install --require-hashes -r requirements/data.txt")
+
+
 def named_task(name: str, settings: Settings) -> Task:
     """One of NAMED.
 
     Raises:
-      UserError: its data isn't there.
+      UserError: its data isn't there, or lm-eval.
     """
+    _check_installed(name)
     known = NAMED[name]
     if settings.task_data is None:
         raise UserError(f"--tasks={name}: needs --task_data=DIR with {known.folder}/{known.splits[-1]}.jsonl below it")
@@ -102,28 +110,55 @@ def _run_named(subject: Subject, name: str, parts: list[tuple[Path, dict[str, Pa
             path.write_text(yaml.safe_dump({
                 "include": str(definition), "task": f"{name}_{number}", "num_fewshot": known.num_fewshot,
                 "dataset_path": "json", "dataset_name": None,
-                "dataset_kwargs": {"data_files": {split: str(file) for split, file in data.items()}}}))
+                "dataset_kwargs": {"data_files": {split: str(file) for split, file in data.items()},
+                                   "cache_dir": folder}}))
             paths.append(str(path))
-        return run(subject, paths, settings)
+        return run(subject, f"--tasks={name}", paths, settings)
 
 
 def file_task(path: str, settings: Settings) -> Task:
-    """A task of one's own: an lm-eval definition, whose data_files may be named beside it.
+    """A task of one's own: an lm-eval definition, whose data_files count from the working folder.
 
     Raises:
-      UserError: no such file.
+      UserError: no such file, data_files that don't exist, or no lm-eval.
     """
+    _check_installed(path)
     if not Path(path).is_file():
         raise UserError(f"--tasks={path}: no such file; give a task's name or the YAML of an lm-eval task")
-    return Task(Path(path).stem, lambda subject: run(subject, [str(Path(path).absolute())], settings),
-                {"task": files.sha256(path), "limit": settings.limit, "add_bos": settings.add_bos})
+    data = _data_files(path)
+    for file in data:
+        if not Path(file).is_file():
+            raise UserError(f"--tasks={path}: data_files: {file} doesn't exist; correct its name")
+    return Task(Path(path).stem,
+                lambda subject: run(subject, f"--tasks={path}", [str(Path(path).absolute())], settings),
+                {"task": files.sha256(path), "data": [files.sha256(file) for file in data], "limit": settings.limit,
+                 "add_bos": settings.add_bos})
 
 
-def run(subject: Subject, definitions: list[str], settings: Settings) -> dict[str, float]:
-    """The mean of each metric over the documents of all definitions, and their number.
+def _data_files(path: str) -> list[str]:
+    """What a definition names itself; what it includes isn't looked at."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Passes over lm-eval's own tags, such as !function."""
+
+    Loader.add_multi_constructor("!", lambda *_: None)
+    try:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--tasks={path}: no YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or "task" not in found:
+        raise UserError(f"--tasks={path}: no definition of a task; it must have the field `task`")
+    named = (found.get("dataset_kwargs") or {}).get("data_files") or []
+    named = list(named.values()) if isinstance(named, dict) else [named]
+    return [file for value in named for file in ([value] if isinstance(value, str) else value)]
+
+
+def run(subject: Subject, where: str, definitions: list[str], settings: Settings) -> dict[str, float]:
+    """The mean of each metric over the documents of all definitions, their number, and the requests that were cut.
 
     Raises:
-      UserError: files that don't fit a definition.
+      UserError: files that don't fit a definition; `where` names it.
     """
     with _quiet():
         from lm_eval.evaluator import evaluate
@@ -132,14 +167,27 @@ def run(subject: Subject, definitions: list[str], settings: Settings) -> dict[st
         from crystal_jax.evaluation.harness import CrystalLM
 
         model = CrystalLM(subject.scorer, subject.sampler, subject.tokenizer, settings.add_bos, progress=True)
-        with _data(definitions):
+        with _data(where):
             tasks = TaskManager(include_defaults=False).load(list(definitions))
             for task in tasks["tasks"].values():
                 task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
                 task.set_fewshot_seed(FEWSHOT_SEED)
+                _check_choices(task)
             found: Any = evaluate(lm=model, task_dict=tasks, limit=settings.limit, bootstrap_iters=0,
                                   log_samples=False)
-    return _mean(found["results"], found["n-samples"])
+    if model.cut:
+        print(f"{where}: {model.cut} requests had contexts longer than the model's {model.max_length} tokens; their "
+              "beginnings were cut off", file=sys.stderr)
+    return _mean(found["results"], found["n-samples"]) | {"contexts_cut": float(model.cut)}
+
+
+def _check_choices(task: Any) -> None:
+    if task.OUTPUT_TYPE == "multiple_choice":
+        for number, document in enumerate(task.eval_docs):
+            choices = task.doc_to_choice(document)
+            if not choices or "" in choices:
+                raise UserError(f"document {number}: {'an empty choice' if choices else 'no choices'}; give each "
+                                "document two or more, each with some text")
 
 
 def _mean(results: dict[str, dict[str, Any]], samples: dict[str, dict[str, int]]) -> dict[str, float]:
@@ -154,16 +202,16 @@ def _mean(results: dict[str, dict[str, Any]], samples: dict[str, dict[str, int]]
 
 
 @contextlib.contextmanager
-def _data(definitions: list[str]) -> Iterator[None]:
+def _data(where: str) -> Iterator[None]:
     """Turns what lm-eval and its loader raise for files that don't fit, a dozen types, into one line."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        raise UserError(f"{definitions[0]}: {type(error).__name__}: {lines[0][:200]}; the columns of the data must be "
-                        "those that the task's definition names") from error
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: {type(error).__name__}: {said}; the columns of the data must be those that the "
+                        "task's definition names") from error
 
 
 @contextlib.contextmanager

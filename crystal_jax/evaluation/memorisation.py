@@ -39,7 +39,10 @@ def memorisation_task(config: Config, run_dir: str, step: int, rows: int = 128) 
         raise UserError(f"--seen_at_step: step {step} has no row without fill-in-the-middle; take another")
     batch = batches[step]
     seen = np.concatenate([batch["inputs"][plain, :1], batch["targets"][plain]], axis=1)
-    unseen = np.concatenate([windows[: len(plain)] for windows in heldout(config, stores).values()])
+    held_out = heldout(config, stores)
+    if not held_out:
+        raise UserError("--tasks=memorisation: the run's stores have nothing held out; prepare them with --heldout")
+    unseen = np.concatenate([windows[: len(plain)] for windows in held_out.values()])
 
     def run(subject: Subject) -> dict[str, float]:
         found: dict[str, float] = {}

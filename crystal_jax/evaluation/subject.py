@@ -4,9 +4,10 @@ Invariant: which devices there are changes no answer beyond rounding.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from crystal_jax import files, sharding
 from crystal_jax.checkpoint import Weights, load_weights
-from crystal_jax.config import Config, MeshConfig, from_dict
+from crystal_jax.config import MeshConfig, ModelConfig, from_dict, to_dict
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, Params, map_specs
@@ -40,23 +41,18 @@ class Subject:
     def sampler(self) -> Sampler:
         return Sampler(self.model, self.params, self.tokenizer.eos_id)
 
-    @cached_property
-    def run(self) -> Config:
-        """The config of the run that made it.
-
-        Raises:
-          UserError: it isn't of a run of ours.
-        """
-        if "config" not in self.info:
-            raise UserError("--checkpoint: it says nothing of the run that made it (an import?), which this task "
-                            "needs; give a run's folder or one of its checkpoints")
-        return from_dict(Config, self.info["config"], "checkpoint: config")
-
 
 def make_mesh(weights: Weights) -> jax.sharding.Mesh:
     """All devices: each holds a part of every weight where the model's width divides, else all of them."""
     divides = weights.model.embed_dim % jax.device_count() == 0
     return sharding.make_mesh(MeshConfig(data=1, fsdp=-1) if divides else MeshConfig(data=-1))
+
+
+@cache
+def _model(config: str, dtype: str) -> Crystal:
+    """One object for all checkpoints of a run: what is compiled for it is compiled once."""
+    model = from_dict(ModelConfig, json.loads(config), "model")
+    return Crystal(model, dtype, unroll=model.num_layers)
 
 
 @contextlib.contextmanager
@@ -70,7 +66,7 @@ def open_subject(path: files.Location, dtype: str = "float32") -> Iterator[Subje
     if weights.tokenizer is None:
         raise UserError(f"--checkpoint={path}: no tokenizer.json beside it; put the one it was trained with there")
     tokenizer = Tokenizer.load(weights.tokenizer)
-    model = Crystal(weights.model, dtype, unroll=weights.model.num_layers)
+    model = _model(json.dumps(to_dict(weights.model)), dtype)
     mesh = make_mesh(weights) if jax.device_count() > 1 else None
 
     def put(spec: Any, leaf: np.ndarray) -> jax.Array:

@@ -7,7 +7,7 @@ machine's, is gone on with by doing what isn't there.
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,9 @@ class Task:
     settings: dict[str, Any]
     """All that the metrics depend on, beside the checkpoint."""
 
-    @property
-    def digest(self) -> str:
-        return digest(self.settings)
+    def digest(self, entry: Mapping[str, Any], dtype: str) -> str:
+        """Of all that a result depends on; entry: what manifest.json says of the checkpoint."""
+        return digest({"settings": self.settings, "dtype": dtype, "weights": entry["fingerprint"]})
 
     @property
     def file(self) -> str:
@@ -61,7 +61,7 @@ def evaluate_one(subject: Subject, task: Task, name: str) -> dict[str, Any]:
     """A task's result for a checkpoint."""
     place = {key: subject.info.get(key) for key in ("phase", "step", "tokens")}
     return {"checkpoint": name, **place, "task": task.name, "metrics": task.run(subject), "settings": task.settings,
-            "settings_digest": task.digest, "version": __version__}
+            "version": __version__}
 
 
 def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Callable[[str], None]) -> int:
@@ -78,13 +78,13 @@ def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Ca
     try:
         for number, entry in enumerate(entries, start=1):
             name, place = entry["name"], f"{entry['name']} ({number}/{len(entries)})"
-            wanted = [task for task in tasks if not _is_there(folder / name / task.file, task)]
+            wanted = [task for task in tasks if not _is_there(folder / name / task.file, task.digest(entry, dtype))]
             if not wanted:
                 say(f"{place}: done already")
                 continue
             with open_subject(files.as_path(run_dir) / EXPORTS / name, dtype) as subject:
                 for task in wanted:
-                    result = evaluate_one(subject, task, name)
+                    result = {**evaluate_one(subject, task, name), "digest": task.digest(entry, dtype)}
                     files.write_json(folder / name / task.file, result)
                     made += 1
                     say(f"{place}: {task.name}: {shown(result['metrics'])}")
@@ -93,8 +93,8 @@ def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Ca
     return made
 
 
-def _is_there(path: Any, task: Task) -> bool:
-    return files.exists(path) and files.read_json(path).get("settings_digest") == task.digest
+def _is_there(path: files.Location, expected: str) -> bool:
+    return files.exists(path) and files.read_json(path).get("digest") == expected
 
 
 def shown(metrics: dict[str, float]) -> str:

@@ -1,0 +1,292 @@
+"""`evaluate` on a small run of three phases, by the commands that a user types, and what the report makes of it."""
+
+import csv
+import json
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import OUTER_ENVIRONMENT, ROOT, RunCli
+from hypothesis import given
+from hypothesis import strategies as st
+from running import copied
+
+from crystal_jax import cli, execute, files, sandbox
+from crystal_jax.data.pipeline import Stores
+from crystal_jax.evaluation import infilling, memorisation
+from crystal_jax.evaluation.subject import open_subject
+from crystal_jax.evaluation.walk import read_results
+from crystal_jax.history import load_run
+from crystal_jax.sampling import Request
+from crystal_jax.scoring import Score
+
+HELD = all(sandbox.layers()[name] for name in execute.REQUIRED)
+needs_sandbox = pytest.mark.skipif(not HELD, reason=f"needs Landlock and seccomp; this is {platform.platform()}")
+CHECKPOINTS = ["phase1/step_000003", "phase1/step_000006", "phase2/step_000005", "phase2/step_000008",
+               "phase3/step_000002"]
+CONFIG = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from world import make_config
+
+
+def get_config():
+    config = make_config(Path({world!r}))
+    config.model.max_length, config.data.sequence_length = 128, 64
+    config.checkpoints.export_dtype = "float32"
+    return config
+"""
+# Whatever stands in the string between prompt and test, the first passes and the second doesn't.
+PROBLEMS = [{"task_id": f"Made/{number}", "entry_point": "f", "prompt": 'def f():\n    return 1\n"""\n',
+             "test": f'"""\ndef check(f):\n    assert f() == {number}\n'} for number in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def run(world: Path, run_cli: RunCli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "config.py").write_text(CONFIG.format(tests=str(Path(__file__).parent), world=str(world)))
+    result = run_cli("train", f"--config={folder / 'config.py'}", f"--run_dir={folder / 'run'}")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "humaneval.jsonl"
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    return path
+
+
+def command(*arguments: object) -> None:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+def table(run_dir: Path | str) -> list[dict[str, str]]:
+    return list(csv.DictReader(files.read_bytes(f"{run_dir}/evaluations/table.csv").decode().splitlines()))
+
+
+# Over a run's calendar
+
+
+@pytest.fixture(scope="module")
+def walked(run: Path, problems: Path) -> Path:
+    """A copy of the run, evaluated by a process that is killed when it has begun, and by another one."""
+    place = run.with_name("walked")
+    shutil.copytree(run, place)
+    arguments = [sys.executable, "-m", "crystal_jax", "evaluate", f"--checkpoint={place}", "--all", "--samples=10",
+                 "--tasks=losses,infilling,memorisation,humaneval", "--seen_at_step=1", "--gaps=4",
+                 f"--humaneval={problems}", *(["--run_untrusted_code"] if HELD else [])]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(run.with_name("xla")), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    given = {"env": {**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **cache}, "cwd": ROOT}
+    first = place / "evaluations" / CHECKPOINTS[0] / "losses.json"
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **given) as process:
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    before = {result["task"] for result in read_results(place)}
+    made = first.stat().st_mtime_ns
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, **given)
+    assert result.returncode == 0, result.stderr
+    assert "losses" in before and first.stat().st_mtime_ns == made
+    assert f"{20 - len(before)} results made; table: {place}/evaluations/table.csv" in result.stdout
+    assert f"{CHECKPOINTS[4]} (5/5): losses: " in result.stderr
+    return place
+
+
+def test_what_is_done_is_passed_over(walked: Path, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("evaluate", f"--checkpoint={walked}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",
+            "--samples=10", *(["--run_untrusted_code"] if HELD else []))
+    said = capsys.readouterr()
+    assert said.out.startswith("0 results made") and said.err.count("done already") == 5
+
+
+def test_the_table_has_each_checkpoint_and_measurement(walked: Path) -> None:
+    rows = table(walked)
+    assert [row["checkpoint"] for row in rows] == CHECKPOINTS
+    assert [int(row["step"]) for row in rows] == [3, 6, 11, 14, 16]
+    assert [int(row["tokens"]) for row in rows] == [512 * step for step in (3, 6, 11, 14, 16)]
+    assert {name.split(".")[0] for name in rows[0]} == {"checkpoint", "phase", "step", "tokens", "losses", "infilling",
+                                                        "humaneval", "memorisation-1"}
+    assert all(all(row.values()) for row in rows)
+
+
+def test_losses_are_those_that_training_measured(walked: Path) -> None:
+    rows = {int(row["step"]): row for row in table(walked)}
+    compared = 0
+    for line in load_run(walked).evals:
+        for domain, found in line["heldout"].items():
+            if line["step"] in rows:
+                row = rows[line["step"]]
+                assert float(row[f"losses.{domain}.loss"]) == pytest.approx(found["loss"], rel=1e-5)
+                assert float(row[f"losses.{domain}.tokens"]) == found["tokens"]
+                assert float(row[f"losses.{domain}.perplexity"]) == pytest.approx(np.exp(found["loss"]), rel=1e-4)
+                compared += 1
+    assert compared >= 6
+
+
+def test_bits_per_byte_are_of_the_text(walked: Path) -> None:
+    """Nats over the bytes of what the windows' targets say, without special tokens."""
+    run = load_run(walked)
+    stores = Stores(run.config)
+    for domain in ("text", "code"):
+        row = table(walked)[-1]
+        view = stores.by_source[domain].view("heldout")
+        length = run.config.data.sequence_length
+        count = (view.num_tokens - 1) // length
+        chosen = np.unique(np.linspace(0, count - 1, min(count, run.config.training.eval_sequences)).astype(int))
+        targets = view.rows(chosen * length, length + 1)[:, 1:]
+        size = sum(len(stores.tokenizer.piece_bytes(token)) for token in targets.ravel().tolist())
+        expected = float(row[f"losses.{domain}.loss"]) * targets.size / np.log(2) / size
+        assert float(row[f"losses.{domain}.bits_per_byte"]) == pytest.approx(expected, rel=1e-6)
+
+
+@needs_sandbox
+def test_code_is_sampled_and_scored(walked: Path) -> None:
+    for row in table(walked):
+        assert (float(row["humaneval.pass@1"]), float(row["humaneval.pass@10"])) == (0.5, 0.5)
+        assert float(row["humaneval.samples"]) == 20
+        name = row["checkpoint"].replace("/", "-")
+        samples = execute.read_lines(walked / "evaluations" / f"humaneval-{name}.jsonl", "--samples")
+        assert [sample["task_id"] for _, sample in samples] == ["Made/1"] * 10 + ["Made/2"] * 10
+    assert len(read_results(walked)) == 20
+
+
+def test_a_setting_or_another_checkpoint_makes_it_anew(walked: Path, capsys: pytest.CaptureFixture[str],
+                                                       tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(walked, place)
+    for made, dtype in ((0, "float32"), (5, "bfloat16"), (0, "bfloat16")):
+        command("evaluate", f"--checkpoint={place}", "--all", "--tasks=losses", f"--dtype={dtype}")
+        assert capsys.readouterr().out.startswith(f"{made} results made")
+    info = files.read_json(place / "manifest.json")
+    info["checkpoints"][1]["fingerprint"]["embed"] = "another"
+    files.write_json(place / "manifest.json", info)
+    command("evaluate", f"--checkpoint={place}", "--all", "--tasks=losses", "--dtype=bfloat16")
+    assert capsys.readouterr().out.startswith("1 results made")
+    config = load_run(place).config
+    assert infilling.infilling_task(config, 3).settings != infilling.infilling_task(config, 4).settings
+
+
+def test_the_report_shows_it(walked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("report", f"--run_dir={walked}", f"--output={tmp_path}")
+    page = (tmp_path / "report.html").read_text()
+    assert ">Evaluations<" in page and (tmp_path / "evaluations.png").stat().st_size > 30000
+    assert not [part for part in page.split('"') if part.startswith("http")]
+    other = walked.with_name("other")
+    shutil.copytree(walked, other)
+    config = files.read_json(other / "config.json")
+    config["training"]["seed"] = 7
+    files.write_json(other / "config.json", config)
+    command("report", "--compare", walked, other, f"--output={tmp_path / 'two'}")
+    page = (tmp_path / "two" / "compare.html").read_text()
+    assert "training.seed" in page and ">walked<" in page and ">other<" in page
+    final = load_run(walked).evals[-1]["heldout"]["text"]["loss"]
+    assert page.count(f"{final:.4f}") == 2
+
+
+def test_a_run_on_gs(run: Path, gcs, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = copied(run, gcs.folder())
+    arguments = ["evaluate", f"--checkpoint={place}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",
+                 "--samples=1", *(["--run_untrusted_code"] if HELD else [])]
+    command(*arguments)
+    assert capsys.readouterr().out == f"10 results made; table: {place}/evaluations/table.csv\n"
+    assert [row["checkpoint"] for row in table(place)] == CHECKPOINTS
+    assert files.exists(f"{place}/evaluations/humaneval-phase3-step_000002.jsonl")
+    command(*arguments)
+    assert capsys.readouterr().out.startswith("0 results made")
+    command("report", f"--run_dir={place}")
+    assert files.exists(f"{place}/report/evaluations.png")
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/16", "exports/phase3/step_000002"])
+def test_one_checkpoint(place: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("evaluate", f"--checkpoint={run / place}", "--tasks=losses", "--json")
+    found = json.loads(capsys.readouterr().out)
+    expected = load_run(run).evals[-1]["heldout"]["code"]["loss"]
+    assert found["metrics"]["code.loss"] == pytest.approx(expected, rel=1e-5) and found["step"] == 16
+
+
+# Memorisation
+
+
+def test_what_a_model_says_itself_is_extractible(run: Path) -> None:
+    """Windows that go on as greedy decoding does, and the same with a last token that it doesn't take."""
+    with open_subject(run) as subject:
+        prompts = np.random.default_rng(0).integers(3, 420, (5, memorisation.PROMPT_TOKENS), np.int32)
+        asked = [Request(tuple(prompt.tolist()), memorisation.CONTINUED_TOKENS) for prompt in prompts]
+        found = dict(subject.sampler(asked))
+        kept = [row for row in range(5) if len(found[row]) == memorisation.CONTINUED_TOKENS]
+        windows = np.array([[*prompts[row], *found[row]] for row in kept], np.int32)
+        result = memorisation.measure(subject, windows)
+        assert result["extractible"] == result["right_tokens"] == 1.0 and result["sequences"] == len(kept) >= 3
+        windows[0, -1] = (windows[0, -1] + 1) % 400
+        changed = memorisation.measure(subject, windows)
+    assert changed["extractible"] == pytest.approx(1 - 1 / len(kept)) and changed["loss"] > result["loss"]
+    assert changed["right_tokens"] == pytest.approx(1 - 1 / windows[:, memorisation.PROMPT_TOKENS:].size)
+
+
+# Infilling
+
+
+@given(st.text("ab \n", max_size=300), st.sampled_from(infilling.KINDS), st.integers(0, 2**32))
+def test_a_gap_is_a_part_of_the_text(text: str, kind: str, seed: int) -> None:
+    gap = infilling.cut(text, kind, np.random.Generator(np.random.Philox(seed)))
+    if gap is None:
+        return
+    assert gap.prefix + gap.middle + gap.suffix == text and gap.middle.strip() and gap.prefix
+    if kind == "random_span":
+        assert infilling.SPAN_CHARACTERS[0] <= len(gap.middle) < infilling.SPAN_CHARACTERS[1]
+    else:
+        assert gap.prefix.endswith("\n") and gap.suffix.startswith("\n")
+        count = gap.middle.count("\n") + 1
+        assert count == 1 if kind == "single_line" else infilling.LINES[0] <= count <= infilling.LINES[1]
+
+
+def test_gaps_are_counted_when_they_are_filled_exactly(run: Path) -> None:
+    """By a model that knows every second middle, but for space at its ends."""
+    gaps = [infilling.Gap("def f(x):\n", f"    return {number}", "\n\n") for number in range(4)]
+    with open_subject(run) as subject:
+        told = [subject.tokenizer.encode_fragment(gap.middle if number % 2 else "no") for number, gap in
+                enumerate(gaps)]
+        told[3] = subject.tokenizer.encode_fragment("return 3\n")
+        fake: Any = SimpleNamespace(
+            tokenizer=subject.tokenizer, model=subject.model, sampler=lambda asked: enumerate(told),
+            scorer=lambda queries: [Score(-np.log(2) * len(gap.middle), False) for gap in gaps])
+        assert infilling.measure(fake, gaps) == {"exact_match": 0.5, "bits_per_byte": pytest.approx(1), "gaps": 4}
+
+
+# What a user gets wrong
+
+
+def test_mistakes_are_one_line(run: Path, problems: Path, tmp_path: Path,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    def complaint(*arguments: object) -> str:
+        capsys.readouterr()
+        assert cli.main(["evaluate", *map(str, arguments)]) == 1
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1, said.err
+        return said.err
+
+    at = f"--checkpoint={run}"
+    assert "neither a run with a saved state, nor" in complaint(f"--checkpoint={tmp_path}", "--tasks=losses")
+    assert "the folder is no run with permanent checkpoints" in complaint(
+        f"{at}/exports/phase3/step_000002", "--all", "--tasks=losses")
+    assert "needs --seen_at_step=STEP" in complaint(at, "--tasks=memorisation")
+    assert "--seen_at_step: 16 must be from 0 to 15" in complaint(at, "--tasks=memorisation", "--seen_at_step=16")
+    assert "needs --mbpp=FILE" in complaint(at, "--tasks=losses,mbpp")
+    assert "its columns are those of humaneval, not of mbpp" in complaint(at, "--tasks=mbpp", f"--mbpp={problems}")
+    assert f"{tmp_path}/tokenizer.json: No such file" in complaint(at, "--tasks=losses", f"--data_root={tmp_path}")
+    assert "plan.json" in complaint(f"{at}/exports/phase3/step_000002", "--tasks=memorisation", "--seen_at_step=1")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    assert "line 1 is no JSON" in complaint(at, "--tasks=humaneval", f"--humaneval={tmp_path / 'bad.jsonl'}")
+    assert "--samples: 0 must be above 0" in complaint(at, "--tasks=losses", "--samples=0")
