@@ -194,6 +194,7 @@ def test_the_report_shows_it(walked: Path, tmp_path: Path, capsys: pytest.Captur
     assert page.count(f"{final:.4f}") == 2
 
 
+@pytest.mark.drill
 def test_a_run_on_gs(run: Path, gcs, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = copied(run, gcs.folder())
     arguments = ["evaluate", f"--checkpoint={place}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",

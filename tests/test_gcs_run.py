@@ -13,11 +13,12 @@ from world import make_config
 
 from crystal_jax import cli, files, objects
 from crystal_jax.checkpoint import load_weights
-from crystal_jax.errors import UserError
+from crystal_jax.errors import RestartError, UserError
 from crystal_jax.history import load_run, read_record
 from crystal_jax.run_dir import check
 from crystal_jax.states import saved_states
 
+pytestmark = pytest.mark.drill  # half a dozen trainings, one after the other
 QUICK = {"CRYSTAL_LEASE_SECONDS": "0.5"}
 
 
@@ -33,7 +34,7 @@ def run(remote: Recipe, gcs) -> str:
     first = remote.start(folder)
     assert first.wait_until(lambda: saved_states(folder))
     code, said = remote.start(folder).end()
-    assert code == 1, said
+    assert code == RestartError.exit_code, said
     assert re.search(rf"{folder}: another process is training there \(process {first.process.pid} ", said), said
     first.kill()
     second = remote.start(folder)

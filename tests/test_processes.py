@@ -74,6 +74,7 @@ def same_as(run_dir: Path, other: Path) -> None:
             assert values["loss"] == pytest.approx(lines(other, "eval")[step]["heldout"][domain]["loss"], rel=1e-5)
 
 
+@pytest.mark.drill
 def test_two_processes_do_what_one_does(two: Path, arguments: list[str], cache: dict[str, str], tmp_path: Path) -> None:
     pod = start_pod(tmp_path / "run", tmp_path, arguments, 1, 4, env=cache)
     assert pod.codes() == [0], pod.said(0)
