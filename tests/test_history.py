@@ -172,7 +172,8 @@ def test_consumption_uses_the_exact_counts_of_checkpoints(run_dir: Path) -> None
     log(run_dir, (140, 272_000, 14_720), (150, 290_000, 17_200))
     entry = {"name": "phase1/step_000148", "step": 148, "exported": True,
              "tokens_per_source": {"text": 288_000, "code": 15_104}}
-    (run_dir / "manifest.json").write_text(json.dumps({"format": 1, "checkpoints": [entry, {"step": 248, "exported": False}]}))
+    planned = {"step": 248, "exported": False}
+    (run_dir / "manifest.json").write_text(json.dumps({"format": 1, "checkpoints": [entry, planned]}))
     run = load_run(run_dir)
     assert run.consumption()[0] == {"text": 288_000, "code": 15_104}
     assert run.checkpoints == [entry]

@@ -17,9 +17,11 @@ LAYERS = (
     ("layers", "attention", "loss"),
     ("model", "optimizer", "data"),
     ("stream", "trees", "states", "exports", "checkpoint", "metrics", "recipe", "update"),
-    ("amend", "run_dir", "spikes", "progress", "convert", "score", "evaluate", "sampling", "scoring", "evaluation", "generate", "sandbox", "execute"),
+    ("amend", "run_dir", "spikes", "progress", "convert", "score", "evaluate", "sampling", "scoring", "evaluation",
+     "generate", "sandbox", "execute"),
     ("train",),
-    ("report", "report_page", "plots", "plots_evaluations", "published", "compare", "inspect", "inspect_page", "replay", "plan", "coord_check"),
+    ("report", "report_page", "plots", "plots_evaluations", "published", "compare", "inspect", "inspect_page", "replay",
+     "plan", "coord_check"),
     ("cli",),
     ("__main__",),
 )
