@@ -63,17 +63,18 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	  { echo "Needs Python 3.11 or 3.12, found '$(PYTHON)'; name one with: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "Installing requirements.txt into $(VENV) (about 0.9 GB, a minute)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --require-hashes -r requirements.txt
+	@$(PIP) --no-deps --require-hashes -r requirements.txt
 	@$(PIP) --no-deps -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements/data.txt requirements/dev.txt requirements/torch.txt
 	@echo "Installing requirements/data.txt, dev.txt and torch.txt into $(VENV) (about 3 GB)"
-	@$(PIP) --require-hashes -r requirements/data.txt
-	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(PIP) --no-deps --require-hashes -r requirements/data.txt
+	@$(PIP) --no-deps --require-hashes -r requirements/dev.txt
 	@$(PIP) -r requirements/torch.txt
 	@touch $@
 
+# A lock names everything, so that pip has nothing to resolve (--no-deps above).
 # Keeps the versions that are locked; to move one: make lock LOCK_FLAGS='--upgrade-package=optax'
 lock: LOCK = uv pip compile -q --universal --python-version=3.11 --fork-strategy=fewest --generate-hashes \
              --custom-compile-command='make lock' $(LOCK_FLAGS)

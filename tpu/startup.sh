@@ -97,7 +97,7 @@ install_packages() {
   [[ ! -e $folder/installed ]] || return 0
   # The image's own Python is older than ours, and hosts without an external address reach no package index.
   "$folder/python/bin/python3" -m venv --clear "$folder/venv"
-  "$folder/venv/bin/python" -m pip install --quiet --no-index --find-links="$folder/wheels" --require-hashes \
+  "$folder/venv/bin/python" -m pip install --quiet --no-deps --no-index --find-links="$folder/wheels" --require-hashes \
     -r "$folder/requirements.txt"
   touch "$folder/installed"
 }
