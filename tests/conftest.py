@@ -5,8 +5,10 @@ Owns the environment that JAX reads when it is first imported, so this file must
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from running import Recipe
 
 pytest_plugins = ["drills"]
+if threading.current_thread() is threading.main_thread():
+    # A shell ignores it for what it starts in the background, and so would every process that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 OUTER_ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
 
