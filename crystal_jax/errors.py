@@ -41,6 +41,11 @@ class RestartError(UserError):
     exit_code = 75
 
 
+def first_line(error: BaseException, length: int = 200) -> str:
+    """Of a message that goes on, with the places in a library's source; the type's name where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
+
+
 def refusal(error: BaseException) -> str | None:
     """What it means, and the way out, of an error of gs:// that no restart helps; None of any other."""
     said = f"{type(error).__name__}: {error}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from crystal_jax import sandbox
+from crystal_jax import files, sandbox
 from crystal_jax.config import digest, nearest
 from crystal_jax.errors import UserError
 
@@ -184,7 +184,7 @@ def execute(samples: str | Path, problems: str | Path, output: str | Path, secon
     keys = [digest([index, name, program]) for index, (name, program) in enumerate(programs)]
     todo = [index for index, key in enumerate(keys) if key not in done]
     workers = workers or os.cpu_count() or 1
-    _end_last_line(Path(output))
+    files.end_last_line(output)
     with open(output, "a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
         futures = _bounded(pool, todo, lambda index: run_program(programs[index][1], seconds, memory, available),
                            workers)
@@ -221,12 +221,6 @@ def _read_done(output: Path) -> dict[str, dict[str, Any]]:
                 result = json.loads(line)
                 done[result["key"]] = result
     return done
-
-
-def _end_last_line(output: Path) -> None:
-    if output.exists() and not output.read_bytes().endswith(b"\n") and output.stat().st_size:
-        with open(output, "a", encoding="utf-8") as file:
-            file.write("\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

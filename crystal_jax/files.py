@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, first_line
 
 PARTIAL = ".partial-"
 """In the name of a file that is still being written; a kill leaves it behind."""
@@ -112,15 +112,20 @@ def read_bytes(path: Location) -> bytes:
     try:
         found = store.read(key).result()
     except ValueError as error:
-        raise OSError(_first_line(error)) from error
+        raise OSError(first_line(error)) from error
     if found.state == "missing":
         raise FileNotFoundError(errno.ENOENT, "no such object", os.fspath(place))
     return found.value
 
 
-def _first_line(error: Exception) -> str:
-    """Of TensorStore's messages, which go on with the places in its source."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def end_last_line(path: Location) -> None:
+    """Puts what is appended next to a local file of lines on a line of its own, after a kill in mid-line."""
+    if os.path.exists(path):
+        with open(path, "r+b") as file:
+            if file.seek(0, 2):
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
 
 def write_json(path: Location, data: Any) -> None:
@@ -250,7 +255,7 @@ class _Read:
         try:
             found = self._future.result()
         except (ValueError, OSError) as error:
-            raise UserError(f"{path}: {asked} can't be read ({_first_line(error)}); the file is shorter, or can't be "
+            raise UserError(f"{path}: {asked} can't be read ({first_line(error)}); the file is shorter, or can't be "
                             "reached") from error
         if found.state == "missing":
             raise UserError(f"{path}: missing, {asked} were asked for; put back the file")

@@ -39,7 +39,7 @@ class MetricsLog:
         if files.is_remote(run_dir):
             self._file = Appender(path)
             return
-        _end_last_line(path)
+        files.end_last_line(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         (run_dir / "tensorboard").mkdir(exist_ok=True)
         # The writer without a thread: an error must surface here, and a few scalars need no queue.
@@ -67,16 +67,6 @@ class MetricsLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-
-def _end_last_line(path: epath.Path) -> None:
-    """Puts the next record on a line of its own after a kill in mid-line."""
-    if path.exists():
-        with open(path, "r+b") as file:
-            if file.seek(0, 2):
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
 
 
 def _scalars(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from crystal_jax.errors import RestartError, UserError, explain
+from crystal_jax.errors import RestartError, UserError, explain, first_line
 
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 30
@@ -81,10 +81,10 @@ def start() -> None:
     except RuntimeError as error:
         if not named and "before any JAX calls" in str(error):
             return  # in a program that uses JAX already, a notebook or a test: one process
-        first = str(error).strip().splitlines()[0][:200]
         raise RestartError(f"JAX_COORDINATOR_ADDRESS={named[0] if named else 'found by JAX'}: process "
-                        f"{named[2] if named else ''} of the run can't join there ({first}); start all of them within "
-                        f"{wait} s, with the address of process 0 and a port that is free there") from error
+                           f"{named[2] if named else ''} of the run can't join there ({first_line(error)}); start all "
+                           f"of them within {wait} s, with the address of process 0 and a port that is free there"
+                           ) from error
 
 
 def _named() -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ follow from itself and from the number of slots, never from the requests beside 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from crystal_jax import sharding
 from crystal_jax.attention import KV, cache_layout, empty_cache
@@ -44,7 +45,7 @@ def key_of(*names: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "little") >> 1
 
 
-def until(text: str, stops: list[str]) -> str:
+def until(text: str, stops: Sequence[str]) -> str:
     """The text up to the first of the stop strings."""
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
@@ -143,6 +144,24 @@ class Sampler:
                     np.int32(request.sample))
         return _admit(self.model, self.params, slots, self._prefilled[1], np.int32(len(prompt)), np.int32(slot),
                       settings)
+
+
+def sample_texts(sampler: Sampler, requests: list[Request], stops: Sequence[Sequence[str]],
+                 decode: Callable[[list[int]], str], shown: Callable[[list[int]], str], progress: bool) -> list[str]:
+    """The text of each request, up to the first of its stop strings.
+
+    decode: the text in which they are looked for while it is made. shown: the text that is cut there and returned.
+    """
+
+    def ended(index: int, ids: list[int]) -> bool:
+        text = decode(ids)
+        return any(stop in text for stop in stops[index])
+
+    texts = [""] * len(requests)
+    for index, ids in tqdm(sampler(requests, ended), total=len(requests), unit="text",
+                           disable=None if progress else True):
+        texts[index] = until(shown(ids), stops[index])
+    return texts
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from crystal_jax import files
-from crystal_jax.errors import RestartError, UserError, refusal
+from crystal_jax.errors import RestartError, UserError, first_line, refusal
 from crystal_jax.fingerprint import dotted
 
 FULL = ("No space left", "Disk quota exceeded")
@@ -50,20 +50,22 @@ async def _to_the_end(work: Awaitable[T]) -> T:
         raise
 
 
-class _Arrays(ocp.type_handlers.ArrayHandler):
+class _Patient:
+    """Of a type handler, the reads."""
+
     async def deserialize(self, *args: Any, **options: Any) -> Any:
-        return await _to_the_end(super().deserialize(*args, **options))
+        return await _to_the_end(super().deserialize(*args, **options))  # type: ignore[misc]
 
     async def metadata(self, *args: Any, **options: Any) -> Any:
-        return await _to_the_end(super().metadata(*args, **options))
+        return await _to_the_end(super().metadata(*args, **options))  # type: ignore[misc]
 
 
-class _HostArrays(ocp.type_handlers.NumpyHandler):
-    async def deserialize(self, *args: Any, **options: Any) -> Any:
-        return await _to_the_end(super().deserialize(*args, **options))
+class _Arrays(_Patient, ocp.type_handlers.ArrayHandler):
+    pass
 
-    async def metadata(self, *args: Any, **options: Any) -> Any:
-        return await _to_the_end(super().metadata(*args, **options))
+
+class _HostArrays(_Patient, ocp.type_handlers.NumpyHandler):
+    pass
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -165,17 +167,14 @@ def damage(folder: epath.Path) -> Iterator[None]:
             raise  # of another disk, to which it is copied
         if files.is_remote(folder) and (line := refusal(error)):
             raise UserError(f"{folder}: {line}") from error
+        said = first_line(error, 300)
         if isinstance(error, MemoryError) or re.search(PASSING, str(error)):
-            raise RestartError(f"{folder}: can't be read now ({_first_line(error)}); nothing is changed: give the same "
+            raise RestartError(f"{folder}: can't be read now ({said}); nothing is changed: give the same "
                                "command again") from error
         if re.search(DENIED, str(error)):
-            raise UserError(f"{folder}: no permission to read it ({_first_line(error)}); change its mode or owner, or "
+            raise UserError(f"{folder}: no permission to read it ({said}); change its mode or owner, or "
                             "run as another user") from error
-        raise DamageError(f"{folder}: missing or damaged files ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise DamageError(f"{folder}: missing or damaged files ({said})") from error
 
 
 def check_tree(path: str, found: Any, expected: Any) -> None:

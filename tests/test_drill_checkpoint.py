@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import OUTER_ENVIRONMENT, ROOT
 from drills import DrillRecord
-from test_states import FAULTS, MESHES, MODEL, abstract, accept, bits, make_state, opened, save
+from test_states import FAULTS, MESHES, MODEL, abstract, accept, bits, make_state, opened, save, saved_run
 from world import write_config
 
 from crystal_jax import files, sharding
@@ -41,11 +41,7 @@ def mesh() -> jax.sharding.Mesh:
 @pytest.fixture(scope="module")
 def saved(mesh: jax.sharding.Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the states 1 and 2."""
-    run = tmp_path_factory.mktemp("saved")
-    kept = opened(run)
-    save(kept, mesh, 1, 2)
-    kept.close()
-    return run
+    return saved_run(tmp_path_factory.mktemp("saved"), mesh, 1, 2)
 
 
 def everywhere(state: Path) -> Iterator[Path]:

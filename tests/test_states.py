@@ -55,6 +55,14 @@ def opened(run: Any, keep_last: int = 4, keep: tuple[int, ...] = (), **options: 
     return RollingStates(files.as_path(run) / "checkpoints", CheckpointConfig(keep_last=keep_last, **options), [*keep])
 
 
+def saved_run(run: Path, mesh: jax.sharding.Mesh, *steps: int) -> Path:
+    """A run with the states of these steps."""
+    kept = opened(run)
+    save(kept, mesh, *steps)
+    kept.close()
+    return run
+
+
 @pytest.fixture(scope="module")
 def mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh(MESHES["mixed"])
@@ -63,11 +71,7 @@ def mesh() -> jax.sharding.Mesh:
 @pytest.fixture(scope="module")
 def saved(mesh: jax.sharding.Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the states 1, 2 and 3."""
-    run = tmp_path_factory.mktemp("saved")
-    kept = opened(run)
-    save(kept, mesh, 1, 2, 3)
-    kept.close()
-    return run
+    return saved_run(tmp_path_factory.mktemp("saved"), mesh, 1, 2, 3)
 
 
 @pytest.fixture

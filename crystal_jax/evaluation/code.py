@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from crystal_jax import files
 from crystal_jax.errors import UserError
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
 from crystal_jax.execute import Problem, check_layers, execute, format_of, read_problems
-from crystal_jax.sampling import Request, key_of, until
+from crystal_jax.sampling import Request, key_of, sample_texts
 
 TOP_P = 0.95
 MAX_TOKENS = 512
@@ -109,11 +107,6 @@ def generate(subject: Subject, problems: dict[str, Problem], benchmark: Benchmar
             asked.append(Request(prompt, min(MAX_TOKENS, room - len(prompt)), benchmark.temperature, TOP_P,
                                  key_of("code", name), sample))
 
-    def ended(_: int, ids: list[int]) -> bool:
-        text = tokenizer.decode_fragment(ids)
-        return any(stop in text for stop in benchmark.stops)
-
-    texts: dict[int, str] = {}
-    for index, ids in tqdm(subject.sampler(asked, ended), total=len(asked), unit="sample", disable=None):
-        texts[index] = until(tokenizer.decode_fragment(ids), list(benchmark.stops))
-    return [{"task_id": name, "completion": texts[index]} for index, name in enumerate(names)]
+    texts = sample_texts(subject.sampler, asked, [benchmark.stops] * len(asked), tokenizer.decode_fragment,
+                         tokenizer.decode_fragment, progress=True)
+    return [{"task_id": name, "completion": text} for name, text in zip(names, texts, strict=True)]

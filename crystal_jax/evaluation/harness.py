@@ -11,11 +11,10 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.errors import UserError
-from crystal_jax.sampling import Request, Sampler, key_of, until
+from crystal_jax.sampling import Request, Sampler, key_of, sample_texts
 from crystal_jax.scoring import Query, Scorer
 
 MAX_NEW_TOKENS = 256
@@ -79,16 +78,7 @@ class CrystalLM(TemplateLM):
         """What follows each text, up to its first stop string, </s> or the number of tokens that its task allows."""
         asked = list(self._requests(requests))
         stops = [_stops(request.args[1]) for request in requests]
-        texts = [""] * len(requests)
-
-        def ended(index: int, ids: list[int]) -> bool:
-            text = self._tokenizer.decode_fragment(ids)
-            return any(stop in text for stop in stops[index])
-
-        for index, ids in tqdm(self.sampler(asked, ended), total=len(asked), unit="text",
-                               disable=None if self.progress else True):
-            texts[index] = until(self._text(ids), stops[index])
-        return texts
+        return sample_texts(self.sampler, asked, stops, self._tokenizer.decode_fragment, self._text, self.progress)
 
     def _requests(self, requests: list[Instance]) -> Iterator[Request]:
         seen: Counter[tuple[str | None, int | None]] = Counter()
