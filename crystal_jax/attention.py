@@ -1,6 +1,6 @@
-"""Causal attention: one function, and the module that owns its projections.
+"""The module that owns attention's projections, and the cache of its keys and values.
 
-Scores are divided by head_dim to the family's power (muP: 1, not 1/2); the softmax runs in float32 or wider.
+Scores are divided by head_dim to the family's power (muP: 1, not 1/2); kernels.py computes the rest.
 """
 
 from functools import partial
@@ -8,9 +8,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from crystal_jax import sharding
 from crystal_jax.config import ModelConfig
+from crystal_jax.kernels import Seen, attention
 from crystal_jax.layers import declare, project, rotary_matrix, rotate
 from crystal_jax.sharding import Axes
 
@@ -19,55 +21,6 @@ KV = tuple[jax.Array, jax.Array]
 
 Rotary = tuple[jax.Array, jax.Array]
 """cos and sin [B, 1, T, H]."""
-
-
-CAUSAL_BLOCKS = 4
-"""Blocks of queries, each of which meets only the keys up to its end: 3/8 of the products are hidden and never made."""
-
-
-def attention(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array, causal: bool,
-              power: float = 1.0) -> jax.Array:
-    """softmax(q k^T / H^power) v with `mask` [B or 1, 1, T, S] True where a query may look; returns [B, N, T, H].
-
-    `causal` promises that T = S and that the mask hides every key after the query.
-    """
-    # q is scaled once, in its own dtype: T*H products instead of T*S, and exact where H is a power of two.
-    q_BNTH = q_BNTH * jnp.asarray(q_BNTH.shape[-1] ** -power, q_BNTH.dtype)
-    length = q_BNTH.shape[2]
-    if not causal or length % CAUSAL_BLOCKS:
-        return _attend(q_BNTH, k_BNSH, v_BNSH, mask)
-    ends = [length // CAUSAL_BLOCKS * (block + 1) for block in range(CAUSAL_BLOCKS)]
-    return jnp.concatenate(
-        [_attend(q_BNTH[:, :, start:end], k_BNSH[:, :, :end], v_BNSH[:, :, :end], mask[:, :, start:end, :end])
-         for start, end in zip([0, *ends], ends, strict=False)], axis=2)
-
-
-def _attend(q_BNTH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(q_BNTH.dtype, jnp.float32)
-    scores_BNTS = jnp.einsum("bnth,bnsh->bnts", q_BNTH, k_BNSH, preferred_element_type=wide)
-    scores_BNTS = jnp.where(mask, scores_BNTS, jnp.finfo(wide).min)
-    top_BNT1 = jax.lax.stop_gradient(jnp.max(scores_BNTS, axis=-1, keepdims=True))
-    weights_BNTS = jnp.exp(scores_BNTS - top_BNT1)
-    # The division comes after the product with v: T*H divisions instead of T*S.
-    total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
-    mixed_BNTH = jnp.einsum("bnts,bnsh->bnth", weights_BNTS.astype(v_BNSH.dtype), v_BNSH, preferred_element_type=wide)
-    return (mixed_BNTH / total_BNT1).astype(q_BNTH.dtype)
-
-
-def causal_mask(length: int, segment_ids_BT: jax.Array | None = None,
-                branch_ids_BT: jax.Array | None = None) -> jax.Array:
-    """[B or 1, 1, T, T]: a query sees itself and what lies before it, inside its own document if ids are given.
-
-    With branches a document is a stem, branch 0, and continuations of it that see the stem and themselves only.
-    """
-    index = jnp.arange(length)
-    mask = (index[:, None] >= index[None, :])[None, None]
-    if segment_ids_BT is not None:
-        mask = mask & (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :])
-    if branch_ids_BT is not None:
-        key_B11T = branch_ids_BT[:, None, None, :]
-        mask = mask & ((key_B11T == 0) | (key_B11T == branch_ids_BT[:, None, :, None]))
-    return mask
 
 
 class Attention(nnx.Module):
@@ -86,28 +39,31 @@ class Attention(nnx.Module):
             self.o_bias = declare((*stack, D), (*lead, "embed"), "vector")
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, mask: jax.Array, cache: KV | None = None,
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary, seen: Seen, cache: KV | None = None,
                  at: jax.Array | None = None) -> tuple[jax.Array, KV]:
         """The output [B, T, D] and the keys and values it attended to.
 
         With a `cache` [B, K, S, H] the T new keys of each row are written from its slot `at` [B] on, and all S slots
         are attended to.
         """
-        q_BNTH = project("btd,dnh->bnth", x_BTD, self, "q", ("batch", "heads", "length", None))
-        kv: Axes = ("batch", _kv_axis(self.config), "length", None)
-        k_BKTH = project("btd,dnh->bnth", x_BTD, self, "k", kv)
-        v_BKTH = project("btd,dnh->bnth", x_BTD, self, "v", kv)
+        heads: Axes = ("batch", "heads", "length", None)
+        if (kv_axis := _kv_axis(self.config)) == "heads":
+            q_BNTH, k_BKTH, v_BKTH = project("btd,dnh->bnth", x_BTD, self, ("q", "k", "v"), heads)
+        else:
+            q_BNTH, = project("btd,dnh->bnth", x_BTD, self, ("q",), heads)
+            k_BKTH, v_BKTH = project("btd,dnh->bnth", x_BTD, self, ("k", "v"), ("batch", kv_axis, "length", None))
         if self.config.rotary_dim:
             matrix = rotary_matrix(self.config)
             q_BNTH, k_BKTH = rotate(q_BNTH, *rotary, matrix), rotate(k_BKTH, *rotary, matrix)
+        q_BNTH, k_BKTH = checkpoint_name(q_BNTH, "query"), checkpoint_name(k_BKTH, "key")
         if cache is not None:
             assert at is not None, "a cache is written at slots"
             write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
             k_BKTH, v_BKTH = write(cache[0], k_BKTH, at), write(cache[1], v_BKTH, at)
-        mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), mask, causal=cache is None,
-                               power=self.config.choices.attention_power)
-        out_BTD = project("bnth,nhd->btd", mixed_BNTH, self, "o", ("batch", "length", "embed"))
-        return out_BTD, (k_BKTH, v_BKTH)
+        mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), seen,
+                               self.config.choices.attention_power)
+        out: Axes = ("batch", sharding.stream(x_BTD.shape[1]), "embed")
+        return project("bnth,nhd->btd", mixed_BNTH, self, ("o",), out)[0], (k_BKTH, v_BKTH)
 
     def _shared(self, heads_BKSH: jax.Array) -> jax.Array:
         """[B, N, S, H]: each head once per head of queries that it serves."""

@@ -18,7 +18,8 @@ from crystal_jax.config import ModelConfig, from_dict, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.exports import INFO, WEIGHTS
 from crystal_jax.fingerprint import Leaves, dotted, fingerprint
-from crystal_jax.model import Crystal, Params, map_specs
+from crystal_jax.layers import PADDED, ParamSpec
+from crystal_jax.model import Crystal, Params, is_spec, map_specs, unpadded
 from crystal_jax.states import FOLDER, FORMAT, POSITION, check_format, newest_state, read_position
 
 
@@ -49,6 +50,7 @@ class _Place:
 
     def loaded(self, params: Params) -> Weights:
         tokenizer = self.tokenizer if files.is_remote(self.tokenizer) else Path(self.tokenizer)
+        params = map_specs(unpadded, Crystal(self.model).specs(), params)
         return Weights(params, self.model, tokenizer if files.exists(tokenizer) else None, self.info)
 
 
@@ -148,9 +150,20 @@ def _nested(arrays: dict[str, np.ndarray], model: ModelConfig) -> Params:
 
 
 def _check_model(place: _Place, params: Params) -> None:
+    """What the model has, by name and shape, but that padded dims may be longer: a run keeps its padding."""
     dtype = jax.tree.leaves(params, is_leaf=lambda node: hasattr(node, "shape"))[0].dtype
-    trees.check_tree(str(place.weights), params,
-                     map_specs(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), Crystal(place.model).specs()))
+    shapes = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: hasattr(node, "shape"))[0]}
+
+    def expected(path: Any, spec: ParamSpec) -> jax.ShapeDtypeStruct:
+        found = shapes.get(dotted(path), ())
+        if len(found) == len(spec.shape):
+            pairs = zip(spec.shape, found, spec.axes, strict=True)
+            return jax.ShapeDtypeStruct([max(n, m) if axis in PADDED else n for n, m, axis in pairs], dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+
+    trees.check_tree(str(place.weights), params, jax.tree_util.tree_map_with_path(
+        expected, Crystal(place.model).specs(), is_leaf=is_spec))
 
 
 def _locate(folder: epath.Path) -> _Place:

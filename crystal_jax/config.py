@@ -19,6 +19,14 @@ from crystal_jax.errors import UserError
 PUBLISHED_VOCAB = 32032
 DOMAINS = ("text", "code")
 
+REMAT: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "full": (),
+    "attention": ("query", "key", "v", "context"),
+    "products": ("query", "key", "v", "context", "gate", "up"),
+}
+"""What of each layer the backward pass finds saved, by name (None: all there is): the less, the more it recomputes."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -115,6 +123,8 @@ class OptimizerConfig:
     eps: float = 1e-9
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"
+    """In which the first moment is kept; bfloat16 saves 2 bytes a parameter."""
 
 
 @dataclass
@@ -209,6 +219,8 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice: int = 1
+    """Slices of a pod that only the data-centre network joins; each has the other axes."""
 
 
 @dataclass
@@ -218,9 +230,18 @@ class TrainingConfig:
     dtype: str = "bfloat16"
     """Of activations and of weights in matrix products; master weights and optimizer state are float32."""
     remat: str = "full"
-    """full (recompute each layer in the backward pass) or none."""
+    """A key of REMAT: full recomputes each layer in the backward pass, none keeps everything."""
     unroll: int = 1
     """Layers per iteration of the scan: num_layers unrolls it."""
+    attention: str = "auto"
+    """splash (TPU), cudnn (GPU), xla, or auto for the fastest that the devices have."""
+    accumulate: int = 1
+    """Parts that a global batch is computed in, one after the other, before the update."""
+    pad_to: int = 1
+    """Multiple that MLP and vocabulary are padded to in memory, so that a mesh can split them: 256 makes 11,008 and
+    32,256 of the published 10,922 and 32,032. Exports have the model's own sizes."""
+    z_loss: float = 0.0
+    """Times the squared logarithm of the softmax's divisor, added to the loss: PaLM's 1e-4 keeps logits small."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log_every: int = 10
     eval_every: int = 1000

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crystal_jax import files, trees
+from crystal_jax import files, sharding, trees
 from crystal_jax.config import Config, ModelConfig, to_dict
 from crystal_jax.errors import UserError
 from crystal_jax.fingerprint import fingerprint
-from crystal_jax.model import Params
+from crystal_jax.layers import PADDED, ParamSpec
+from crystal_jax.model import Crystal, Params, map_specs, unpadded
 from crystal_jax.states import FORMAT, RollingStates
 
 INFO = "checkpoint.json"
@@ -48,7 +49,7 @@ class Calendar:
         """
         folder = self.run_dir / EXPORTS / name
         if not files.exists(folder / INFO):
-            cast = _cast(params, dtype)
+            cast = _cast(params, model, dtype)
             found = fingerprint(cast)
             with trees.saving(folder):
                 trees.write(_absolute(folder / WEIGHTS), cast)
@@ -123,9 +124,17 @@ def catch_up(calendar: Calendar, done: int, states: RollingStates, abstract: Par
     return lines
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def _cast(params: Params, model: ModelConfig, dtype: str) -> Params:
+    """In another dtype, and without padding; a dim that the mesh can split with it only is whole then."""
+
+    def cast(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(jnp.dtype(dtype))
+        if spec.shape == leaf.shape:
+            return leaf
+        return unpadded(spec, sharding.lay_stored(leaf, tuple(None if axis in PADDED else axis for axis in spec.axes)))
+
+    return map_specs(cast, Crystal(model).specs(), params)
 
 
 def _entry(info: dict[str, Any]) -> dict[str, Any]:

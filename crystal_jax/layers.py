@@ -7,16 +7,18 @@ Names of dims, here and in every file of the model:
   B batch, T query length, S key length, D embed_dim, N heads, K kv heads, H head_dim, F mlp_dim, V vocab, L layers.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from crystal_jax import sharding
 from crystal_jax.config import ModelConfig
+from crystal_jax.products import products
 from crystal_jax.sharding import Axes
 
 
@@ -25,6 +27,9 @@ class ParamSpec:
     """All there is to know of a parameter before it has values."""
 
     shape: tuple[int, ...]
+    """In memory."""
+    true_shape: tuple[int, ...]
+    """Without the padding, which lies behind, is zero and stays so."""
     axes: Axes
     group: str
     """matrix, embedding or vector: decides learning rate and weight decay (optimizer.py)."""
@@ -32,14 +37,27 @@ class ParamSpec:
     std: float = 0.0
     """Of a normal distribution that is cut off at two of these standard deviations."""
 
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Of each dim."""
+        return tuple(size - true for size, true in zip(self.shape, self.true_shape, strict=True))
+
 
 class Param(nnx.Param):
     """A parameter that carries its declaration as `spec`."""
 
 
-def declare(shape: tuple[int, ...], axes: Axes, group: str, mean: float = 0.0, std: float = 0.0) -> Param:
-    spec = ParamSpec(shape, axes, group, mean, std)
-    return Param(jax.ShapeDtypeStruct(shape, jnp.float32), spec=spec)
+PADDED = ("mlp", "vocab")
+"""The dims that may be padded in memory, so that a mesh can split them: nothing that they add reaches a result."""
+
+
+def declare(shape: tuple[int, ...], axes: Axes, group: str, mean: float = 0.0, std: float = 0.0,
+            pad_to: int = 1) -> Param:
+    """A parameter of this shape, of which the dims in PADDED are filled up to a multiple of `pad_to`."""
+    full = tuple(sharding.padded(size, pad_to) if axis in PADDED else size
+                 for size, axis in zip(shape, axes, strict=True))
+    spec = ParamSpec(full, shape, axes, group, mean, std)
+    return Param(jax.ShapeDtypeStruct(full, jnp.float32), spec=spec)
 
 
 class Norm(nnx.Module):
@@ -56,12 +74,12 @@ class Norm(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         x = x_BTD.astype(wide)
-        scale = sharding.gather(self.scale[...], ("embed",), wide)[None, None, :]
+        scale = sharding.lay(self.scale[...], "embed").astype(wide)[None, None, :]
         if self.centred:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
         if self.centred:
-            x = x + sharding.gather(self.bias[...], ("embed",), wide)[None, None, :]
+            x = x + sharding.lay(self.bias[...], "embed").astype(wide)[None, None, :]
         return x.astype(x_BTD.dtype)
 
 
@@ -104,45 +122,45 @@ def rotate(x_BNTH: jax.Array, cos: jax.Array, sin: jax.Array, matrix: np.ndarray
 class MLP(nnx.Module):
     """(x W_up + b_up) * silu(x W_gate + b_gate), or gelu(x W_up + b_up), then down; a family may have no biases."""
 
-    def __init__(self, config: ModelConfig, stack: tuple[int, ...] = ()):
+    def __init__(self, config: ModelConfig, stack: tuple[int, ...] = (), pad_to: int = 1):
         D, F = config.embed_dim, config.mlp_dim
         lead: Axes = tuple("layers" for _ in stack)
-        self.gated, self.biased = config.choices.mlp == "gated", config.choices.biases
         self.exact_gelu = config.exact_gelu
-        for name in ("gate", "up") if self.gated else ("up",):
-            setattr(self, name, declare((*stack, D, F), (*lead, "embed", "mlp"), "matrix", std=config.matrix_std))
-            if self.biased:
-                setattr(self, f"{name}_bias", declare((*stack, F), (*lead, "mlp"), "vector"))
-        self.down = declare((*stack, F, D), (*lead, "mlp", "embed"), "matrix", std=config.output_std)
-        if self.biased:
+        self.inward = ("gate", "up") if config.choices.mlp == "gated" else ("up",)
+        for name in self.inward:
+            weight = declare((*stack, D, F), (*lead, "embed", "mlp"), "matrix", std=config.matrix_std, pad_to=pad_to)
+            setattr(self, name, weight)
+            if config.choices.biases:
+                setattr(self, f"{name}_bias", declare((*stack, F), (*lead, "mlp"), "vector", pad_to=pad_to))
+        self.down = declare((*stack, F, D), (*lead, "mlp", "embed"), "matrix", std=config.output_std, pad_to=pad_to)
+        if config.choices.biases:
             self.down_bias = declare((*stack, D), (*lead, "embed"), "vector")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        # Tokens in one dim (M = B*T): with two of them XLA's CPU compiler picks layouts that cost 20% more.
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        up_MF = project("md,df->mf", x_MD, self, "up", ("batch", "mlp"))
+        *gate_BTF, up_BTF = project("btd,df->btf", x_BTD, self, self.inward, ("batch", "length", "mlp"))
         # In float32: each bfloat16 operation would round, and on a CPU convert to float32 and back.
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        if self.gated:
-            gate_MF = project("md,df->mf", x_MD, self, "gate", ("batch", "mlp"))
-            mid_MF = up_MF.astype(wide) * jax.nn.silu(gate_MF.astype(wide))
+        if gate_BTF:
+            mid_BTF = up_BTF.astype(wide) * jax.nn.silu(gate_BTF[0].astype(wide))
         else:
-            mid_MF = jax.nn.gelu(up_MF.astype(wide), approximate=not self.exact_gelu)
-        out_MD = project("mf,fd->md", mid_MF.astype(x_BTD.dtype), self, "down", ("batch", "embed"))
-        return out_MD.reshape(x_BTD.shape, out_sharding=sharding.used("batch", "length", "embed"))
+            mid_BTF = jax.nn.gelu(up_BTF.astype(wide), approximate=not self.exact_gelu)
+        out: Axes = ("batch", sharding.stream(x_BTD.shape[1]), "embed")
+        return project("btf,fd->btd", mid_BTF.astype(x_BTD.dtype), self, ("down",), out)[0]
 
 
-def project(equation: str, x: jax.Array, module: nnx.Module, name: str, out: Axes) -> jax.Array:
-    """einsum(x, module.name) + module.name_bias, if it has one, in x's dtype; `out` names the dims of the result."""
-    weight = getattr(module, name)
-    lead = len(weight.spec.axes) - weight[...].ndim
-    w = sharding.gather(weight[...], weight.spec.axes[lead:], x.dtype)
-    result = jnp.einsum(equation, x, w, out_sharding=sharding.used(*out))
-    bias = getattr(module, f"{name}_bias", None)
-    if bias is None:
-        return result
-    b = sharding.gather(bias[...], bias.spec.axes[lead:], x.dtype)
-    names, kept = equation.split("->")[1], set(equation.split(",")[0])
-    shape = [size if letter not in kept else 1 for letter, size in zip(names, result.shape, strict=True)]
-    assert math.prod(shape) == b.size, (equation, shape, b.shape)
-    return result + jnp.expand_dims(b, [i for i, letter in enumerate(names) if letter in kept])
+def project(equation: str, x: jax.Array, module: nnx.Module, names: Sequence[str], out: Axes) -> list[jax.Array]:
+    """einsum(x, module.NAME) + module.NAME_bias, if it has one, for each of `names`, in x's dtype, laid out as `out`.
+
+    The results are named so for what rematerialisation may save (config.REMAT).
+    """
+    weights = [getattr(module, name) for name in names]
+    lead = len(weights[0].spec.axes) - weights[0][...].ndim
+    axes = weights[0].spec.axes[lead:]
+    found = products(equation, x, [weight[...] for weight in weights], axes, out)
+    result, kept = equation.split("->")[1], set(equation.split(",")[0])
+    ends = [i for i, letter in enumerate(result) if letter in kept]
+    for i, name in enumerate(names):
+        if (bias := getattr(module, f"{name}_bias", None)) is not None:
+            b = sharding.lay(bias[...], *bias.spec.axes[lead:]).astype(x.dtype)
+            found[i] = found[i] + jnp.expand_dims(b, ends)
+    return [checkpoint_name(value, name) for name, value in zip(names, found, strict=True)]

@@ -14,10 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from crystal_jax import loss, sharding
-from crystal_jax.attention import KV, Attention, Rotary, causal_mask
-from crystal_jax.config import ModelConfig
+from crystal_jax import sharding
+from crystal_jax.attention import KV, Attention, Rotary
+from crystal_jax.config import REMAT, ModelConfig
+from crystal_jax.kernels import Seen, make_seen
 from crystal_jax.layers import MLP, Norm, Param, ParamSpec, declare, rotary_tables
+from crystal_jax.loss import EMBED, Softmax, cross_entropy, logits
+from crystal_jax.products import rows
 
 Params = dict[str, Any]
 """Nested dict of arrays; layers are stacked on the leading axis."""
@@ -26,15 +29,15 @@ Params = dict[str, Any]
 class Block(nnx.Module):
     """One pre-norm layer; declared once for all layers, with their number as leading axis."""
 
-    def __init__(self, config: ModelConfig, stack: tuple[int, ...]):
+    def __init__(self, config: ModelConfig, stack: tuple[int, ...], pad_to: int = 1):
         self.attn_norm = Norm(config, stack)
         self.attn = Attention(config, stack)
         self.mlp_norm = Norm(config, stack)
-        self.mlp = MLP(config, stack)
+        self.mlp = MLP(config, stack, pad_to)
 
-    def __call__(self, h_BTD: jax.Array, rotary: Rotary, mask: jax.Array, cache: KV | None = None,
+    def __call__(self, h_BTD: jax.Array, rotary: Rotary, seen: Seen, cache: KV | None = None,
                  at: jax.Array | None = None) -> tuple[jax.Array, KV]:
-        mixed_BTD, kv = self.attn(self.attn_norm(h_BTD), rotary, mask, cache, at)
+        mixed_BTD, kv = self.attn(self.attn_norm(h_BTD), rotary, seen, cache, at)
         h_BTD = h_BTD + mixed_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
 
@@ -42,21 +45,22 @@ class Block(nnx.Module):
 class Crystal(nnx.Module):
     """Pre-norm decoder with muP multipliers; config.choices sets its family (the default: LLM360 CrystalCoder).
 
-    `dtype` is that of activations and of weights in products; `remat` and `unroll` choose how the layer loop is
-    compiled and change no result beyond rounding.
+    `dtype` is that of activations and of weights in products; `remat`, `unroll`, `kernel` (of attention) and `pad_to`
+    choose how it is compiled and change no result beyond rounding.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str = "float32", remat: str = "none", unroll: int = 1):
+    def __init__(self, config: ModelConfig, dtype: str = "float32", remat: str = "none", unroll: int = 1,
+                 kernel: str = "xla", pad_to: int = 1):
         V, D, L = config.vocab_size, config.embed_dim, config.num_layers
-        self.embed = declare((V, D), ("vocab", "embed"), "embedding", std=config.init_std)
-        self.layers = Block(config, (L,))
+        self.embed = declare((V, D), EMBED, "embedding", std=config.init_std, pad_to=pad_to)
+        self.layers = Block(config, (L,), pad_to)
         self.final_norm = Norm(config)
         if config.choices.positions == "learned":
             shape = (config.max_length, D)
             self.positions = declare(shape, ("length", "embed"), "embedding", std=config.init_std)
         if not config.choices.tied:
-            self.head = declare((V, D), ("vocab", "embed"), "embedding", std=config.init_std)
-        self.config, self.dtype, self.remat, self.unroll = config, dtype, remat, unroll
+            self.head = declare((V, D), EMBED, "embedding", std=config.init_std, pad_to=pad_to)
+        self.config, self.dtype, self.remat, self.unroll, self.kernel = config, dtype, remat, unroll, kernel
 
     def bind(self, params: Params) -> "Crystal":
         """This module with `params` in it."""
@@ -77,6 +81,12 @@ class Crystal(nnx.Module):
     def hidden(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
                segment_ids_BT: jax.Array | None = None, branch_ids_BT: jax.Array | None = None) -> jax.Array:
         """The final, normalised stream [B, T, D] for tokens [B, T]; for segments and branches see `causal_mask`."""
+        h_BTD = self._last(ids_BT, positions_BT, segment_ids_BT, branch_ids_BT)
+        return sharding.lay(h_BTD, "batch", "length", "embed")
+
+    def _last(self, ids_BT: jax.Array, positions_BT: jax.Array | None, segment_ids_BT: jax.Array | None,
+              branch_ids_BT: jax.Array | None = None) -> jax.Array:
+        """The final, normalised stream, laid out as between the layers."""
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1])[None, :]
         h_BTD = self.embedded(ids_BT, positions_BT)
@@ -86,21 +96,27 @@ class Crystal(nnx.Module):
                branch_ids_BT: jax.Array | None = None) -> jax.Array:
         """The stream [B, T, D] that leaves the last layer, for the one that enters the first."""
         rotary = rotary_tables(self.config, positions_BT, self._wide)
-        mask = causal_mask(h_BTD.shape[1], segment_ids_BT, branch_ids_BT)
+        seen = make_seen(self.kernel, h_BTD.shape[1], segment_ids_BT, branch_ids_BT)
 
         def layer(h_BTD: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(h_BTD, rotary, mask)[0], None
+            return block(h_BTD, rotary, seen)[0], None
 
-        if self.remat == "full":
-            layer = jax.checkpoint(layer)
+        if (saved := REMAT[self.remat]) is not None:
+            # A loop keeps what is computed twice apart; unrolled layers need a barrier for it.
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*saved),
+                                   prevent_cse=self.unroll > 1)
         return jax.lax.scan(layer, h_BTD, self.layers, unroll=self.unroll)[0]
 
     def embedded(self, ids_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The stream that enters the first layer [B, T, D]; positions [B or 1, T]."""
-        h_BTD = loss.lookup(self.embed[...], ids_BT, jnp.dtype(self.dtype)) * self.config.embed_scale
+        out: sharding.Axes = ("batch", sharding.stream(ids_BT.shape[1]), "embed")
+        dtype = jnp.dtype(self.dtype)
+        h_BTD = rows(self.embed[...], EMBED, ids_BT, out, dtype) * self.config.embed_scale
         if self.config.choices.positions == "learned":
             positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape, out_sharding=sharding.used("batch", "length"))
-            h_BTD = h_BTD + loss.lookup(self.positions[...], positions_BT, jnp.dtype(self.dtype))
+            learned_BTD = rows(self.positions[...], ("length", "embed"), positions_BT, ("batch", "length", "embed"),
+                               dtype)
+            h_BTD = h_BTD + sharding.lay(learned_BTD, *out)
         return h_BTD
 
     def __call__(self, ids_BT: jax.Array, positions_BT: jax.Array | None = None,
@@ -109,14 +125,17 @@ class Crystal(nnx.Module):
         return self.logits(self.hidden(ids_BT, positions_BT, segment_ids_BT))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        return loss.logits(hidden_BTD, self._output[...], self.config.logit_scale)
+        return logits(hidden_BTD, self._output[...], self._softmax())
 
     def loss(self, ids_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
              positions_BT: jax.Array | None = None,
-             segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """(sum(nll * mask) / (B * T), nll [B, T] in nats): masked tokens stay in the denominator, as published."""
-        total, nll_BT = loss.cross_entropy(self.hidden(ids_BT, positions_BT, segment_ids_BT), self._output[...],
-                                           targets_BT, mask_BT, self.config.logit_scale)
+             segment_ids_BT: jax.Array | None = None, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+        """(sum(nll * mask) / (B * T), nll [B, T] in nats): masked tokens stay in the denominator, as published.
+
+        z_loss: see `cross_entropy`; a term of the first only.
+        """
+        h_BTD = self._last(ids_BT, positions_BT, segment_ids_BT)
+        total, nll_BT = cross_entropy(h_BTD, self._output[...], targets_BT, mask_BT, self._softmax(z_loss))
         return total / targets_BT.size, nll_BT
 
     def extend(self, ids_BT: jax.Array, positions_BT: jax.Array, mask: jax.Array, cache: KV,
@@ -127,14 +146,18 @@ class Crystal(nnx.Module):
         `mask` [B, 1, T, S] says which slots each of them sees.
         """
         rotary = rotary_tables(self.config, positions_BT, self._wide)
+        seen = Seen(allowed=mask, causal=False)
 
         def layer(h_BTD: jax.Array, block_and_cache: tuple[Block, KV]) -> tuple[jax.Array, KV]:
             block, old = block_and_cache
-            return block(h_BTD, rotary, mask, old, at)
+            return block(h_BTD, rotary, seen, old, at)
 
         h_BTD = self.embedded(ids_BT, positions_BT)
         h_BTD, cache = jax.lax.scan(layer, h_BTD, (self.layers, cache), unroll=self.unroll)
-        return self.final_norm(h_BTD), cache
+        return sharding.lay(self.final_norm(h_BTD), "batch", "length", "embed"), cache
+
+    def _softmax(self, z_loss: float = 0.0) -> Softmax:
+        return Softmax(self.config.logit_scale, self.config.vocab_size, z_loss)
 
     @property
     def _output(self) -> Param:
@@ -164,13 +187,23 @@ def is_spec(node: Any) -> bool:
 
 
 def parameter_count(specs: Params) -> int:
-    """Exact, without allocating anything: 6,575,278,720 for the 7B config."""
-    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
+    """Exact, without padding, without allocating anything: 6,575,278,720 for the 7B config."""
+    return sum(math.prod(spec.true_shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))
 
 
 def map_specs(fn: Any, specs: Params, *rest: Params) -> Params:
     """fn(spec, ...) over the declarations and trees of the same shape."""
     return jax.tree.map(fn, specs, *rest, is_leaf=is_spec)
+
+
+def unpadded(spec: ParamSpec, leaf: Any) -> Any:
+    """A leaf without the padding that it was trained with."""
+    return leaf[tuple(slice(size) for size in spec.true_shape)] if spec.true_shape != leaf.shape else leaf
+
+
+def padded_to(spec: ParamSpec, leaf: np.ndarray) -> np.ndarray:
+    """A leaf with the zeros that `spec` puts behind it."""
+    return np.pad(leaf, [(0, n) for n in spec.padding]) if any(spec.padding) else leaf
 
 
 def abstract_params(specs: Params, mesh: Mesh) -> Params:
@@ -195,13 +228,15 @@ def init_params(specs: Params, seed: int, mesh: Mesh) -> Params:
 
 
 def _draw(spec: ParamSpec, name: str, seed: int, index: tuple[slice, ...]) -> np.ndarray:
-    """One shard: each layer of a stack has a random stream of its own."""
+    """One shard: each layer of a stack has a random stream of its own; padding is zero."""
     if not spec.std:
         return np.full(spec.shape, spec.mean, np.float32)[index]
+    more = [(0, n) for n in spec.padding]
     if spec.axes[0] != "layers":
-        return truncated_normal(spec.shape, spec.std, f"{seed}/{name}")[index]
+        return np.pad(truncated_normal(spec.true_shape, spec.std, f"{seed}/{name}"), more)[index]
     layers = range(*index[0].indices(spec.shape[0]))
-    return np.stack([truncated_normal(spec.shape[1:], spec.std, f"{seed}/{name}/{i}")[index[1:]] for i in layers])
+    return np.stack([np.pad(truncated_normal(spec.true_shape[1:], spec.std, f"{seed}/{name}/{i}"), more[1:])[index[1:]]
+                     for i in layers])
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, key: str) -> np.ndarray:

@@ -21,26 +21,29 @@ GROUPS: dict[str, tuple[Any, bool]] = {
 }
 
 
-def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam(beta1: float, beta2: float, eps: float, mu_dtype: str = "float32") -> optax.GradientTransformation:
     """m / (sqrt(v) + eps) * sqrt(1 - beta2^t) / (1 - beta1^t), with m and v the uncorrected moments.
+
+    m is kept in `mu_dtype` between updates; what the update itself uses isn't rounded to it.
 
     optax.scale_by_adam corrects v before it adds epsilon; on the original optimizer's outputs that order is 100 times
     further off.
     """
 
     def init(params: Params) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype if p.dtype == jnp.float32 else None), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
     def update(grads: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
         assert isinstance(state, optax.ScaleByAdamState)
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
+        mu = jax.tree.map(lambda m, g: beta1 * m.astype(g.dtype) + (1 - beta1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, grads)
         t = count.astype(jnp.float32)
         correction = jnp.sqrt(1 - beta2**t) / (1 - beta1**t)
         updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
-        return updates, optax.ScaleByAdamState(count, mu, nu)
+        kept = jax.tree.map(lambda m, before: m.astype(before.dtype), mu, state.mu)
+        return updates, optax.ScaleByAdamState(count, kept, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -51,7 +54,7 @@ def make_optimizer(config: OptimizerConfig, model: ModelConfig, specs: Params) -
     multiplier = map_specs(lambda spec: GROUPS[spec.group][0](model), specs)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        scale_by_adam(config.beta1, config.beta2, config.eps),
+        scale_by_adam(config.beta1, config.beta2, config.eps, config.mu_dtype),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, scale: u * scale, updates, multiplier)),
     )

@@ -7,7 +7,7 @@ import itertools
 import math
 from typing import Any
 
-from crystal_jax.config import DOMAINS, FAMILIES, Config, ModelConfig, Phase, check_types, nearest, require
+from crystal_jax.config import DOMAINS, FAMILIES, REMAT, Config, ModelConfig, Phase, check_types, nearest, require
 from crystal_jax.errors import UserError
 from crystal_jax.phases import phase_steps
 
@@ -129,12 +129,15 @@ def _check_skips(config: Config) -> None:
 def _check_rest(config: Config) -> None:
     training, optimizer, checkpoints = config.training, config.optimizer, config.checkpoints
     _one_of("config.training.dtype", training.dtype, ("bfloat16", "float32"))
-    _one_of("config.training.remat", training.remat, ("full", "none"))
+    _one_of("config.training.remat", training.remat, tuple(REMAT))
+    _one_of("config.training.attention", training.attention, ("auto", "xla", "splash", "cudnn"))
+    _one_of("config.optimizer.mu_dtype", optimizer.mu_dtype, ("float32", "bfloat16"))
+    require(training.z_loss >= 0, "config.training.z_loss", training.z_loss, "0 or more")
     _one_of("config.data.fim_mode", config.data.fim_mode, ("local", "crystal", "none"))
     _one_of("config.data.packing", config.data.packing, ("concat", "best_fit"))
     _one_of("config.checkpoints.export_dtype", checkpoints.export_dtype, ("bfloat16", "float32"))
     _positive(training, "config.training", "unroll", "log_every", "eval_every", "eval_sequences", "fingerprint_every",
-              "skips_in_a_row", "spike_factor", "hang_seconds")
+              "skips_in_a_row", "spike_factor", "hang_seconds", "accumulate", "pad_to")
     require(training.spike_window >= 0, "config.training.spike_window", training.spike_window, "0 or more")
     _positive(checkpoints, "config.checkpoints", "every_steps", "keep_last", "slow_save_seconds")
     for name in ("every_minutes", "keep_public_every"):
@@ -145,7 +148,7 @@ def _check_rest(config: Config) -> None:
         value = getattr(optimizer, name)
         require(0 <= value < 1, f"config.optimizer.{name}", value, "in [0, 1)")
     require(optimizer.weight_decay >= 0, "config.optimizer.weight_decay", optimizer.weight_decay, "0 or more")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in ("slice", "data", "fsdp", "tensor"):
         size = getattr(training.mesh, axis)
         require(size > 0 or size == -1, f"config.training.mesh.{axis}", size, "above 0, or -1 for what is left")
     for path, seed in (("config.training.seed", training.seed), ("config.data.seed", config.data.seed)):

@@ -1,8 +1,8 @@
 """Where every array lies: the mesh, and one table from a dim's logical name to the mesh axes that split it.
 
-All layout knowledge is here. A change of parallelism changes `STORED` and `USED`, nothing else. Sharding is explicit
-(part of each array's type), so that a wrong layout fails when the step is traced, on one CPU as on a pod. Without a
-mesh (a script, a unit test) every helper does nothing.
+All layout knowledge is here and in products.py, which multiplies by it. A change of parallelism changes `STORED` and
+`USED`, nothing else. Sharding is explicit (part of each array's type), so that a wrong layout fails when the step is
+traced, on one CPU as on a pod. Without a mesh (a script, a unit test) every helper does nothing.
 """
 
 import math
@@ -10,15 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from crystal_jax.config import Config, MeshConfig, ModelConfig
 from crystal_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")
+"""slice: the slices of a pod, joined by its data-centre network; data: copies of the parameters; fsdp: parameters are
+split and gathered where they are used; tensor: heads, MLP and vocabulary are split."""
+
+BATCH = ("slice", "data", "fsdp")
+COPIES = ("slice", "data")
+"""The axes along which parameters are copies."""
 
 Axes = tuple[str | None, ...]
 """A logical name per dim of a tensor; None for a dim that is never split."""
@@ -30,20 +36,22 @@ STORED: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": None,
     "mlp": "tensor",
     "vocab": "tensor",
-    "batch": ("data", "fsdp"),
+    "batch": BATCH,
     "length": None,
+    "stream": "tensor",
 }
-"""How parameters, optimizer state and batches lie between steps."""
+"""How parameters, optimizer state and batches lie between steps; `stream` is the length of the residual stream, which
+tensor splits between the products (sequence parallelism)."""
 
 USED = {**STORED, "embed": None}
 """How they lie inside a step: weights are gathered over fsdp where they are used."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices of the run.
+    """A mesh over all devices of the run; its slices are the pod's, where the devices know theirs.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices.
+      UserError: the sizes don't multiply to the number of devices, or their slices are others.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -56,7 +64,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         raise UserError(f"config.training.mesh: {shown} doesn't fit {len(devices)} devices; the sizes must multiply to "
                         f"{len(devices)}, with -1 for the axis that takes what is left")
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices)
+    types = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=types)
+    if sizes[0] != slices:
+        raise UserError(f"config.training.mesh.slice: {sizes[0]} must be {slices}, the slices that were found")
+    grid = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_divisible(config: Config, mesh: Mesh) -> None:
@@ -65,23 +80,33 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     Raises:
       UserError: the field, its value and the divisor.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways, rows = batch_ways(mesh), config.training.accumulate
     for index, phase in enumerate(config.phases):
-        _divides(f"config.phases[{index}].global_batch_size", phase.global_batch_size, ways, "data x fsdp")
-    check_model_divisible(config.model, mesh)
+        _divides(f"config.phases[{index}].global_batch_size", phase.global_batch_size, ways * rows,
+                 "slice x data x fsdp" + (f", each {rows} times" if rows > 1 else ""))
+    check_model_divisible(config.model, mesh, config.training.pad_to)
 
 
-def check_model_divisible(model: ModelConfig, mesh: Mesh) -> None:
+def check_model_divisible(model: ModelConfig, mesh: Mesh, pad_to: int = 1) -> None:
     _divides("config.model.embed_dim", model.embed_dim, mesh.shape["fsdp"], "fsdp")
-    for name in ("num_heads", "mlp_dim", "vocab_size"):
-        _divides(f"config.model.{name}", getattr(model, name), mesh.shape["tensor"], "tensor")
+    tensor = mesh.shape["tensor"]
+    _divides("config.model.num_heads", model.num_heads, tensor, "tensor")
+    for name in ("mlp_dim", "vocab_size"):
+        if padded(getattr(model, name), pad_to) % tensor:
+            _divides(f"config.model.{name}", getattr(model, name), tensor, "tensor",
+                     f", or set config.training.pad_to={tensor}: it pads in memory")
 
 
-def _divides(path: str, value: int, ways: int, axis: str) -> None:
+def padded(size: int, to: int) -> int:
+    """The next multiple of `to`: 11,008 for 10,922 and 32,256 for 32,032 with 256."""
+    return -(-size // to) * to
+
+
+def _divides(path: str, value: int, ways: int, axis: str, otherwise: str = "") -> None:
     if value % ways:
         near = [n for n in (value // ways * ways, -(-value // ways) * ways) if n]
         raise UserError(f"{path}: {value} doesn't divide into {ways} equal parts (mesh axis {axis}); the nearest that "
-                        f"do are {' and '.join(map(str, near))}")
+                        f"do are {' and '.join(map(str, near))}{otherwise}")
 
 
 def stored(axes: Axes) -> P:
@@ -95,21 +120,27 @@ def used(*axes: str | None) -> P | None:
     return P(*(USED.get(axis) if axis else None for axis in axes))
 
 
-def batch_ways() -> int:
-    """Into how many parts a batch is split, 1 without a mesh."""
+def batch_ways(mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts a mesh, by default the one that is set, splits a batch; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def stream(length: int) -> str:
+    """The logical name of the residual stream's length: one that tensor can't split, as of a single token, stays."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    return "length" if mesh.empty or length % mesh.shape["tensor"] else "stream"
 
 
 def lay(array: jax.Array, *axes: str | None) -> jax.Array:
-    """An activation moved to another layout."""
+    """An array moved to the layout in which a step uses it; for a vector of weights that is whole on every device."""
     spec = used(*axes)
     return array if spec is None else jax.reshard(array, spec)
 
 
-def gather(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
-    """A weight as a step uses it: cast to the compute dtype first, so that half the bytes travel, then gathered."""
-    return lay(weight.astype(dtype), *axes)
+def lay_stored(array: jax.Array, axes: Axes) -> jax.Array:
+    """An array moved to another of the layouts that lie between steps."""
+    return array if jax.sharding.get_abstract_mesh().empty else jax.reshard(array, stored(axes))
 
 
 def named(mesh: Mesh, axes: Axes) -> NamedSharding:
@@ -138,7 +169,7 @@ class Part:
     def of(cls, mesh: Mesh, process: int | None = None) -> "Part":
         """That of a process, by default of this one."""
         process = jax.process_index() if process is None else process
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        ways = batch_ways(mesh)
         holders = [{device.process_index for device in block} for block in mesh.devices.reshape(ways, -1)]
         held = tuple(block for block in range(ways) if process in holders[block])
         return cls(ways, held, tuple(block for block in held if min(holders[block]) == process))

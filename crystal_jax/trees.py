@@ -192,7 +192,8 @@ def check_tree(path: str, found: Any, expected: Any) -> None:
         if want is None:
             raise StructureError(f"{path}: leaf {name} {have} is not in the model: the checkpoint is of another model")
         if have != want:
-            raise StructureError(f"{path}: leaf {name} is {have}, but the model wants {want}; see config.model")
+            raise StructureError(f"{path}: leaf {name} is {have}, but the model wants {want}; see config.model "
+                                 "and config.training.pad_to")
 
 
 def check_fingerprint(path: str, kept: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal_jax.attention import CAUSAL_BLOCKS, attention, causal_mask, empty_cache
+from crystal_jax.attention import empty_cache
 from crystal_jax.config import ModelConfig
+from crystal_jax.kernels import CAUSAL_BLOCKS, Seen, attention, causal_mask
 from crystal_jax.layers import rotary_matrix, rotary_tables, rotate
 from crystal_jax.model import Crystal
 
@@ -47,7 +48,7 @@ def test_attention_is_softmax_over_what_a_query_sees(length: int, dtype: str, sc
     with jax.enable_x64(dtype == "float64"):
         q, k, v = (jnp.asarray(scale * normal(2, 3, length, HEAD, seed=seed), dtype) for seed in range(3))
         mask = causal_mask(length, jnp.asarray(segments))
-        ours = attention(q, k, v, mask, causal=True)
+        ours = attention(q, k, v, Seen(allowed=mask))
         assert ours.dtype == q.dtype
         ours, q, k, v = (np.asarray(array.astype(jnp.promote_types(dtype, jnp.float32))) for array in (ours, q, k, v))
     assert np.abs(ours - plain(q, k, v, np.asarray(mask))).max() <= limit * scale
@@ -58,7 +59,8 @@ def test_attention_with_any_mask() -> None:
     q, k, v = normal(2, 3, 4, HEAD), normal(2, 3, 7, HEAD, seed=1), normal(2, 3, 7, HEAD, seed=2)
     mask = np.random.default_rng(3).random((2, 1, 4, 7)) < 0.5
     mask[..., 2] = True
-    ours = attention(*(jnp.asarray(array, jnp.float32) for array in (q, k, v)), jnp.asarray(mask), causal=False)
+    seen = Seen(allowed=jnp.asarray(mask), causal=False)
+    ours = attention(*(jnp.asarray(array, jnp.float32) for array in (q, k, v)), seen)
     assert np.abs(ours - plain(q, k, v, mask)).max() <= 2e-6
 
 
@@ -66,7 +68,7 @@ def test_extreme_scores_give_finite_values_and_gradients() -> None:
     q, k, v = (jnp.asarray(scale * normal(1, 2, 8, HEAD, seed=seed), jnp.float32)
                for seed, scale in enumerate((1e6, 1e6, 1.0)))
     value, grads = jax.jit(jax.value_and_grad(
-        lambda *qkv: jnp.sum(attention(*qkv, causal_mask(8), causal=True)), (0, 1, 2)),
+        lambda *qkv: jnp.sum(attention(*qkv, Seen(allowed=causal_mask(8)))), (0, 1, 2)),
         compiler_options=oracle.QUICK)(q, k, v)
     assert np.isfinite(value)
     assert all(np.isfinite(grad).all() for grad in grads)
@@ -83,7 +85,7 @@ def test_gradients_of_attention_are_those_of_the_definition() -> None:
         return jnp.sum(away * jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores), v))
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(away * attention(q, k, v, mask, causal=True))
+        return jnp.sum(away * attention(q, k, v, Seen(allowed=mask)))
 
     for found, expected in zip(*(jax.jit(jax.grad(f, (0, 1, 2)), compiler_options=oracle.QUICK)(q, k, v)
                                  for f in (ours, definition)), strict=True):

@@ -101,7 +101,7 @@ RULES = [
     ("phases.0.lr.decay_steps", 0, "config.phases[0].lr.decay_steps", "above 0"),
     ("phases.0.lr.end", -1e-3, "config.phases[0].lr.end", "0 or more"),
     ("training.dtype", "float16", "config.training.dtype", "one of bfloat16, float32"),
-    ("training.remat", "some", "config.training.remat", "one of full, none"),
+    ("training.remat", "some", "config.training.remat", "one of none, full, attention, products"),
     *((f"training.{name}", 0, f"config.training.{name}", "above 0") for name in (
         "unroll", "log_every", "eval_every", "eval_sequences", "skips_in_a_row", "spike_factor")),
     ("training.spike_window", -1, "config.training.spike_window", "0 or more"),

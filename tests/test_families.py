@@ -162,7 +162,7 @@ def test_on_a_mesh_as_on_one_device(name: str, mesh: MeshConfig) -> None:
         return crystal.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"])[0]
 
     batch = {"inputs": tokens, "targets": np.roll(tokens, -1, 1), "mask": mask}
-    one = jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1], axis_types=(AxisType.Explicit,) * 3)
+    one = jax.make_mesh((1, 1, 1, 1), sharding.AXES, devices=jax.devices()[:1], axis_types=(AxisType.Explicit,) * 4)
     results = []
     for devices in (one, sharding.make_mesh(mesh)):
         with jax.set_mesh(devices):

@@ -12,16 +12,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "crystal_jax"
 # Lowest first. A module may import its own layer (without a cycle) and those before it; `data` and `convert` are
 # packages. A name that isn't written yet may stand here.
 LAYERS = (
-    ("__init__", "errors", "config", "rules", "phases", "generations"),
-    ("files", "storage", "objects", "lease", "sharding", "processes", "fingerprint", "config_file", "history"),
-    ("layers", "attention", "loss"),
+    ("__init__", "errors", "config", "rules", "phases", "mup", "generations", "hlo", "hlo_text", "buffers", "cost"),
+    ("files", "storage", "objects", "lease", "sharding", "processes", "fingerprint", "config_file", "goodput",
+     "history"),
+    ("products", "kernels", "layers", "attention", "loss"),
     ("model", "optimizer", "data"),
-    ("stream", "trees", "states", "exports", "checkpoint", "metrics", "recipe", "update"),
+    ("stream", "trees", "states", "exports", "checkpoint", "metrics", "recipe", "update",
+     "utilisation", "snapshot", "topology", "ahead"),
     ("amend", "run_dir", "spikes", "progress", "convert", "score", "evaluate", "sampling", "scoring", "evaluation",
      "generate", "sandbox", "execute"),
+    ("loop",),
     ("train",),
     ("report", "report_page", "plots", "plots_evaluations", "published", "compare", "inspect", "inspect_page", "replay",
-     "plan", "coord_check"),
+     "plan", "plan_text", "coord_check", "plots_mup"),
     ("cli",),
     ("__main__",),
 )
@@ -30,7 +33,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Stricter than the layer.
 ONLY = {
     "data": {"__init__", "errors", "config", "phases", "files", "sharding", "data"},
-    "convert": {"__init__", "errors", "config", "files", "layers", "attention", "model", "stream", "exports",
+    "convert": {"__init__", "errors", "config", "files", "kernels", "layers", "attention", "model", "stream", "exports",
                 "checkpoint", "convert"},
 }
 

@@ -15,6 +15,7 @@ from crystal_jax.config import MeshConfig
 
 B, T, D, V = 4, 6, 16, 24
 SCALE = 0.13875
+SOFTMAX = loss.Softmax(SCALE, V)
 
 
 def inputs(dtype: str = "float32", magnitude: float = 3.0) -> tuple[np.ndarray, ...]:
@@ -27,19 +28,20 @@ def inputs(dtype: str = "float32", magnitude: float = 3.0) -> tuple[np.ndarray, 
 
 
 def definition(hidden: jax.Array, embed: jax.Array, targets: jax.Array, weights: jax.Array,
-               scale: float) -> tuple[jax.Array, jax.Array]:
-    log_p = jax.nn.log_softmax(scale * jnp.einsum("btd,vd->btv", hidden, embed), axis=-1)
-    nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * nll), nll
+               softmax: loss.Softmax) -> tuple[jax.Array, jax.Array]:
+    logits = softmax.scale * jnp.einsum("btd,vd->btv", hidden, embed[: softmax.vocab_size])
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights * (nll + softmax.z_loss * jax.nn.logsumexp(logits, axis=-1) ** 2)), nll
 
 
-def value_and_grads(function: Any, hidden: Any, embed: Any, targets: Any, weights: Any) -> list[np.ndarray]:
+def value_and_grads(function: Any, hidden: Any, embed: Any, targets: Any, weights: Any,
+                    softmax: loss.Softmax = SOFTMAX) -> list[np.ndarray]:
     """[total, nll, d hidden, d embed] of twice the total plus one, so that the cotangent isn't 1."""
 
     @functools.partial(jax.jit, compiler_options=oracle.QUICK)
     def compute(hidden: jax.Array, embed: jax.Array, targets: jax.Array, weights: jax.Array) -> list[jax.Array]:
         def doubled(hidden: jax.Array, embed: jax.Array) -> tuple[jax.Array, Any]:
-            total, nll = function(hidden, embed, targets, weights, SCALE)
+            total, nll = function(hidden, embed, targets, weights, softmax)
             return 2 * total + 1, (total, nll)
 
         (_, aux), grads = jax.value_and_grad(doubled, (0, 1), has_aux=True)(hidden, embed)
@@ -106,7 +108,7 @@ def test_masked_tokens_take_no_part(exact: list[np.ndarray]) -> None:
 
 def test_only_the_sum_has_a_gradient() -> None:
     hidden, embed, targets, weights = map(jnp.asarray, inputs())
-    grads = jax.jit(jax.grad(lambda h, e, w: jnp.sum(loss.cross_entropy(h, e, targets, w, SCALE)[1]), (0, 1, 2)),
+    grads = jax.jit(jax.grad(lambda h, e, w: jnp.sum(loss.cross_entropy(h, e, targets, w, SOFTMAX)[1]), (0, 1, 2)),
                     compiler_options=oracle.QUICK)(hidden, embed, weights)
     assert not any(grad.any() for grad in grads)
 
@@ -134,28 +136,52 @@ def test_nll_does_not_depend_on_the_mask() -> None:
     assert np.array_equal(one, other)
 
 
-def test_logits_and_lookup() -> None:
-    hidden, embed, targets, _ = map(jnp.asarray, inputs())
-    assert np.array_equal(loss.lookup(embed, targets, jnp.dtype(jnp.float32)), np.asarray(embed)[np.asarray(targets)])
-    assert loss.lookup(embed, targets, jnp.dtype(jnp.bfloat16)).dtype == jnp.bfloat16
+def test_logits() -> None:
+    hidden, embed, _, _ = map(jnp.asarray, inputs())
     expected = SCALE * np.asarray(hidden, np.float64) @ np.asarray(embed, np.float64).T
-    found = loss.logits(hidden, embed, SCALE)
+    found = loss.logits(hidden, embed, SOFTMAX)
     assert np.abs(found - expected).max() <= 1e-5
-    half = loss.logits(hidden.astype(jnp.bfloat16), embed, SCALE)
+    half = loss.logits(hidden.astype(jnp.bfloat16), embed, SOFTMAX)
     assert half.dtype == jnp.float32, "sums and softmax see no bfloat16"
     assert 0 < np.abs(half - expected).max() <= 0.1
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 4), (1, 4, 2)])
-def test_a_split_vocabulary_changes_rounding_only(exact: list[np.ndarray], sizes: tuple[int, int, int]) -> None:
-    """Rows over data and fsdp, the vocabulary over tensor, the embedding's columns over fsdp."""
-    mesh = sharding.make_mesh(MeshConfig(*sizes))
+def padded(embed: np.ndarray) -> np.ndarray:
+    """With rows behind the tokens that no result may depend on."""
+    return np.concatenate([embed, np.full((8, D), 1e3, embed.dtype)])
+
+
+@pytest.mark.parametrize("chunks", [1, 3, B * T])
+@pytest.mark.parametrize("softmax", [SOFTMAX, loss.Softmax(SCALE, V, 1e-2)], ids=["plain", "z-loss"])
+@pytest.mark.parametrize("sizes", [None, (2, 1, 4), (1, 4, 2), (8, 1, 1)], ids=str)
+def test_chunks_padding_and_meshes_change_rounding_only(
+        monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int] | None, softmax: loss.Softmax,
+        chunks: int) -> None:
+    """Rows over data and fsdp, the vocabulary over tensor, the embedding's columns over fsdp; z-loss too."""
     hidden, embed, targets, weights = inputs()
+    if sizes == (8, 1, 1):
+        hidden, targets, weights = (np.concatenate([array, array]) for array in (hidden, targets, weights))
+    with jax.enable_x64(True):
+        wide = [array.astype(np.float64) for array in (hidden, embed)]
+        exact = [np.asarray(value) for value in value_and_grads(
+            definition, *wide, targets, weights.astype(np.float64), softmax)]
+    mesh = sharding.make_mesh(MeshConfig(*sizes or (1, 1, 1)), jax.devices()[: 8 if sizes else 1])
+    rows = len(hidden) * T // sharding.batch_ways(mesh)
+    per_token = (V + 8) // mesh.shape["tensor"] * 4
+    monkeypatch.setattr(loss, "CHUNK_BYTES", max(1, rows // chunks) * per_token)
     with jax.set_mesh(mesh):
         batch = sharding.put_batch(mesh, {"hidden": hidden, "targets": targets, "weights": weights})
-        table = jax.device_put(embed, sharding.named(mesh, ("vocab", "embed")))
-        found = value_and_grads(loss.cross_entropy, batch["hidden"], table, batch["targets"], batch["weights"])
-        rows = P(("data", "fsdp"))
+        table = jax.device_put(padded(embed), sharding.named(mesh, loss.EMBED))
+        found = value_and_grads(loss.cross_entropy, batch["hidden"], table, batch["targets"], batch["weights"], softmax)
+        layout = P(sharding.BATCH)
         assert [jax.typeof(value).sharding.spec for value in found] == [
-            P(), P(*rows, None), P(*rows, None, None), P("tensor", "fsdp")]
-    assert max(differences(found, exact)) <= 2e-6
+            P(), P(*layout, None), P(*layout, None, None), P("tensor", "fsdp")]
+        logits = loss.logits(batch["hidden"], table, softmax)
+    assert logits.shape == (*hidden.shape[:2], V)
+    assert not np.asarray(found[3])[V:].any(), "padding has no gradient"
+    assert max(differences([*found[:3], np.asarray(found[3])[:V]], exact)) <= 2e-6
+
+
+def test_chunks_divide_the_tokens_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1000)
+    assert [loss._chunks(tokens, 10) for tokens in (1, 25, 26, 60, 61)] == [1, 1, 2, 3, 61]

@@ -15,8 +15,8 @@ import pytest
 
 from crystal_jax import attention as attention_module
 from crystal_jax import recipe, sharding
-from crystal_jax.attention import attention, causal_mask
 from crystal_jax.config import MeshConfig, ModelConfig
+from crystal_jax.kernels import Seen, attention, make_seen
 from crystal_jax.layers import rotary_tables
 from crystal_jax.model import Crystal, init_params, is_spec, map_specs, parameter_count, truncated_normal
 
@@ -62,8 +62,8 @@ def inside(request: pytest.FixtureRequest, originals: dict[str, dict[str, np.nda
     model = Crystal(oracle.MODEL, {"f32": "float32", "f64": "float64"}[request.param])
     seen: list[tuple[jax.Array, ...]] = []
 
-    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, causal: bool, power: float) -> jax.Array:
-        seen.append((q, k, v, attention(q, k, v, mask, causal, power)))
+    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, where: Seen, power: float) -> jax.Array:
+        seen.append((q, k, v, attention(q, k, v, where, power)))
         return seen[-1][-1]
 
     def walk(params: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def inside(request: pytest.FixtureRequest, originals: dict[str, dict[str, np.nda
             patch.setattr(attention_module, "attention", recorded)
             for layer in range(oracle.MODEL.num_layers):
                 block = jax.tree.map(lambda leaf, i=layer: leaf[i], bound.layers)
-                streams.append(block(streams[-1], rotary, causal_mask(ids.shape[1]))[0])
+                streams.append(block(streams[-1], rotary, make_seen("xla", ids.shape[1]))[0])
         return {"logits": bound(ids), "streams": streams, "normed": bound.final_norm(streams[-1]), "attention": seen}
 
     with jax.enable_x64(request.param == "f64"):

@@ -17,16 +17,27 @@ from jax.sharding import PartitionSpec as P
 from crystal_jax import sharding
 from crystal_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Phase, TrainingConfig
 from crystal_jax.errors import UserError
-from crystal_jax.model import Crystal, abstract_params, init_params, map_specs
+from crystal_jax.model import Crystal, abstract_params, init_params, is_spec, map_specs, unpadded
 from crystal_jax.optimizer import make_optimizer, moments, with_moments
 from crystal_jax.sharding import make_mesh
-from crystal_jax.update import TrainState, make_train_step
+from crystal_jax.update import TrainState, make_model, make_train_step
 
 MODEL = ModelConfig(vocab_size=104, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=88, max_length=32, rotary_dim=4,
                     mup_base_width=8)
 SPLITS = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)]
-STEPS = 3
-BATCH = ("data", "fsdp")
+LAYOUTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    *((sizes, {}) for sizes in (*SPLITS, (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 1, 4))),
+    ((2, 1, 4), {"pad_to": 16}),
+    ((1, 2, 2, 2), {"pad_to": 16, "accumulate": 2, "remat": "products"}),
+    ((2, 2, 1), {"accumulate": 2, "remat": "full"}),
+    ((1, 1, 1), {"accumulate": 8, "remat": "attention"}),
+]
+"""(data, fsdp, tensor and slice, fields of config.training) on 1, 2, 4 and 8 devices."""
+STEPS = 20
+LENGTH = 16
+ROWS = "mesh axis slice x data x fsdp"
+PAD = ", or set config.training.pad_to=2: it pads in memory"
+BATCH = ("slice", "data", "fsdp")
 
 
 # The mesh
@@ -37,17 +48,17 @@ BATCH = ("data", "fsdp")
     ((1, 8, 1), (1, 8, 1))])
 def test_one_axis_takes_what_is_left(sizes: tuple[int, ...], expected: tuple[int, ...]) -> None:
     mesh = make_mesh(MeshConfig(*sizes))
-    assert tuple(mesh.shape[axis] for axis in sharding.AXES) == expected
-    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * 3
+    assert tuple(mesh.shape[axis] for axis in sharding.AXES) == (1, *expected)
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,) * 4
 
 
 @pytest.mark.parametrize(("sizes", "message"), [
-    ((1, 1, 1), "config.training.mesh: data=1, fsdp=1, tensor=1 doesn't fit 8 devices; the sizes must multiply to 8, "
-                "with -1 for the axis that takes what is left"),
-    ((2, 2, 4), "data=2, fsdp=2, tensor=4 doesn't fit 8 devices"),
+    ((1, 1, 1), "config.training.mesh: slice=1, data=1, fsdp=1, tensor=1 doesn't fit 8 devices; the sizes must "
+                "multiply to 8, with -1 for the axis that takes what is left"),
+    ((2, 2, 4), "slice=1, data=2, fsdp=2, tensor=4 doesn't fit 8 devices"),
     ((-1, 3, 1), "data=-1, fsdp=3, tensor=1 doesn't fit 8 devices"),
     ((-1, 1, 16), "data=-1, fsdp=1, tensor=16 doesn't fit 8 devices"),
-    ((-1, -1, 2), "config.training.mesh: data=-1, fsdp=-1, tensor=2: only one axis can be -1"),
+    ((-1, -1, 2), "config.training.mesh: slice=1, data=-1, fsdp=-1, tensor=2: only one axis can be -1"),
 ])
 def test_a_mesh_that_does_not_fit_the_devices(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError) as error:
@@ -71,12 +82,12 @@ def test_sizes_that_divide_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(("owner", "field", "value", "rule"), [
-    ("phases[1]", "global_batch_size", 10, "4 equal parts (mesh axis data x fsdp); the nearest that do are 8 and 12"),
-    ("phases[1]", "global_batch_size", 2, "4 equal parts (mesh axis data x fsdp); the nearest that do are 4"),
+    ("phases[1]", "global_batch_size", 10, f"4 equal parts ({ROWS}); the nearest that do are 8 and 12"),
+    ("phases[1]", "global_batch_size", 2, f"4 equal parts ({ROWS}); the nearest that do are 4"),
     ("model", "embed_dim", 33, "2 equal parts (mesh axis fsdp); the nearest that do are 32 and 34"),
     ("model", "num_heads", 5, "2 equal parts (mesh axis tensor); the nearest that do are 4 and 6"),
-    ("model", "mlp_dim", 171, "2 equal parts (mesh axis tensor); the nearest that do are 170 and 172"),
-    ("model", "vocab_size", 101, "2 equal parts (mesh axis tensor); the nearest that do are 100 and 102"),
+    ("model", "mlp_dim", 171, f"2 equal parts (mesh axis tensor); the nearest that do are 170 and 172{PAD}"),
+    ("model", "vocab_size", 101, f"2 equal parts (mesh axis tensor); the nearest that do are 100 and 102{PAD}"),
 ])
 def test_sizes_that_do_not_divide(owner: str, field: str, value: int, rule: str) -> None:
     with pytest.raises(UserError) as error:
@@ -106,21 +117,10 @@ def test_every_parameter_is_split_by_the_table() -> None:
     }
 
 
-def test_a_weight_is_gathered_over_fsdp_where_it_is_used() -> None:
-    mesh = make_mesh(MeshConfig(1, 4, 2))
-    with jax.set_mesh(mesh):
-        weight = jax.device_put(np.arange(64.0, dtype=np.float32).reshape(8, 8), sharding.named(mesh, ("embed", "mlp")))
-        gathered = sharding.gather(weight, ("embed", "mlp"), jnp.dtype(jnp.bfloat16))
-        assert jax.typeof(weight).sharding.spec == P("fsdp", "tensor")
-        assert jax.typeof(gathered).sharding.spec == P(None, "tensor")
-        assert gathered.dtype == jnp.bfloat16
-        assert np.array_equal(gathered.astype(jnp.float32), weight)
-
-
 def test_without_a_mesh_the_helpers_do_nothing() -> None:
     assert sharding.used("batch", "length", "embed") is None
     weight = jnp.ones((4, 4))
-    assert sharding.gather(weight, ("embed", "mlp"), weight.dtype) is weight
+    assert sharding.lay(weight, "embed", "mlp") is weight
 
 
 def test_a_wrong_layout_fails_when_it_is_traced() -> None:
@@ -152,8 +152,8 @@ Result = dict[str, Any]
 
 def batches() -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, MODEL.vocab_size, (STEPS, 8, 17)).astype(np.int32)
-    mask = (rng.random((STEPS, 8, 16)) < 0.9).astype(np.float32)
+    tokens = rng.integers(0, MODEL.vocab_size, (8, LENGTH + 1)) + np.zeros((STEPS, 1, 1), int).astype(np.int32)
+    mask = (rng.random((STEPS, 8, LENGTH)) < 0.9).astype(np.float32)
     source = np.arange(8, dtype=np.int32) % 3
     return [{"inputs": rows[:, :-1], "targets": rows[:, 1:], "mask": kept, "source": source}
             for rows, kept in zip(tokens, mask, strict=True)]
@@ -171,13 +171,16 @@ def fresh(optimizer: Any, params: Any, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 @pytest.fixture(scope="module")
-def run() -> Callable[[tuple[int, ...]], Result]:
-    """run(mesh sizes) -> metrics of each step, the state after the last, and the types of gradients and state."""
+def run() -> Callable[..., Result]:
+    """run(mesh sizes, fields of config.training) -> metrics of each step, the state after the last, and types."""
 
     @functools.cache
-    def compute(sizes: tuple[int, ...]) -> Result:
+    def compute(sizes: tuple[int, ...], fields: tuple[tuple[str, Any], ...] = ()) -> Result:
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
-        model = Crystal(MODEL)
+        training = TrainingConfig(**{"dtype": "float32", "remat": "none", **dict(fields)})
+        config = config_with()
+        config.training, config.data.sequence_length = training, LENGTH
+        model = make_model(config, mesh)
         optimizer = make_optimizer(OptimizerConfig(), MODEL, model.specs())
         with jax.set_mesh(mesh):
             params = init_params(model.specs(), 1, mesh)
@@ -187,36 +190,56 @@ def run() -> Callable[[tuple[int, ...]], Result]:
                 batch["inputs"], batch["targets"], batch["mask"])[0]), params, placed[0])
             lr = jax.device_put(np.float32(0.01), sharding.replicated(mesh))
             state, metrics = fresh(optimizer, params, mesh), []
-            step = make_train_step(model, optimizer, 3).lower(state, placed[0], lr).compile(oracle.QUICK)
+            step = make_train_step(model, optimizer, 3, training.accumulate).lower(state, placed[0], lr).compile(
+                oracle.QUICK)
             for batch in placed:
                 state, found = step(state, batch, lr)
                 metrics.append(jax.tree.map(np.asarray, found))
         return {"metrics": metrics, "before": before, "state": state, "params": jax.tree.map(np.asarray, state.params),
-                "grads": grads, "abstract": abstract_params(model.specs(), mesh)}
+                "grads": grads, "abstract": abstract_params(model.specs(), mesh), "specs": model.specs()}
 
     return compute
 
 
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_training_is_the_same_on_every_mesh(run: Callable[..., Result], sizes: tuple[int, ...]) -> None:
-    """Losses, gradient norms and sums per source of three updates, and the parameters after them."""
-    whole, split = run((1, 1, 1)), run(sizes)
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole["before"], split["before"]))
+def without_padding(result: Result, name: str) -> Any:
+    return map_specs(unpadded, result["specs"], result[name])
+
+
+@pytest.mark.parametrize(("sizes", "fields"), LAYOUTS, ids=str)
+def test_training_is_the_same_on_every_mesh(run: Callable[..., Result], sizes: tuple[int, ...],
+                                            fields: dict[str, Any]) -> None:
+    """Losses, gradient norms and sums per source of twenty updates, and the parameters after them."""
+    whole, split = run((1, 1, 1)), run(sizes, tuple(fields.items()))
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole["before"], without_padding(split, "before")))
     for ours, theirs in zip(split["metrics"], whole["metrics"], strict=True):
         assert ours["taken"]
         assert np.array_equal(ours["tokens_per_source"], theirs["tokens_per_source"])
         for name in ("loss", "grad_norm", "nll_per_source"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-6, err_msg=name)
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=name)
     # The key bias keeps rounding noise where nothing rotates: Adam makes steps of it.
-    far = oracle.worst(split["params"], whole["params"])
+    far = oracle.worst(without_padding(split, "params"), whole["params"])
     del far["layers.attn.k_bias"]
-    assert max(far.values()) <= 2e-5, far
+    assert max(far.values()) <= 2e-4, far
+
+
+def test_padding_is_zero_and_stays_so(run: Callable[..., Result]) -> None:
+    """After twenty updates with weight decay, everything that pads is still zero."""
+    result = run((2, 1, 4), (("pad_to", 16),))
+    padded = 0
+    for spec, leaf in zip(jax.tree.leaves(result["specs"], is_leaf=is_spec), jax.tree.leaves(result["params"]),
+                          strict=True):
+        inside = np.zeros(leaf.shape, bool)
+        inside[tuple(slice(size) for size in spec.true_shape)] = True
+        assert not leaf[~inside].any(), spec
+        padded += (~inside).sum()
+    assert padded > 1000
 
 
 def test_the_run_learns(run: Callable[..., Result]) -> None:
     """So that equal losses say something of gradients and updates."""
     losses = [float(metrics["loss"]) for metrics in run((1, 1, 1))["metrics"]]
     assert len(set(losses)) == STEPS
+    assert losses[-1] < losses[0] - 0.05
     assert min(oracle.worst(run((1, 1, 1))["params"], run((1, 1, 1))["before"]).values()) > 1e-3
 
 

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crystal_jax.attention import causal_mask
 from crystal_jax.config import ModelConfig
 from crystal_jax.convert.card import ROLES
 from crystal_jax.convert.computed import Unrounded
@@ -29,6 +28,7 @@ from crystal_jax.convert.forms import DTYPES, flatten, unflatten
 from crystal_jax.convert.forwards import FORWARDS, Forward, from_gguf, open_gguf
 from crystal_jax.convert.made import Made, Weights
 from crystal_jax.errors import UserError
+from crystal_jax.kernels import make_seen
 from crystal_jax.layers import rotary_tables
 from crystal_jax.model import Crystal, map_specs
 
@@ -293,7 +293,7 @@ def _computed(model: ModelConfig, part: str, leaves: dict[str, jax.Array], x: ja
     positions, wide = jnp.arange(x.shape[1])[None, :], jnp.dtype(jnp.float32)
     parts: dict[str, Callable[[], jax.Array]] = {
         "embed": lambda: bound.embedded(x, positions), "norm": lambda: bound.final_norm(x),
-        "attn": lambda: bound.layers.attn(x, rotary_tables(model, positions, wide), causal_mask(x.shape[1]))[0],
+        "attn": lambda: bound.layers.attn(x, rotary_tables(model, positions, wide), make_seen("xla", x.shape[1]))[0],
         "mlp": lambda: bound.layers.mlp(x), "logits": lambda: bound.logits(x)}
     return parts[part]()
 
