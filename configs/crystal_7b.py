@@ -7,7 +7,17 @@ keeps the 225 checkpoints that the original configuration saved; the default kee
     crystal-jax train --config=configs/crystal_7b.py --config.data.root=STORES --run_dir=runs/7b
 """
 
-from crystal_jax.config import CheckpointConfig, Config, DataConfig, LearningRate, ModelConfig, Phase, Source, Subset
+from crystal_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LearningRate,
+    ModelConfig,
+    Phase,
+    Source,
+    Subset,
+    TrainingConfig,
+)
 from crystal_jax.errors import UserError
 
 SLIMPAJAMA = ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")
@@ -30,6 +40,8 @@ def get_config(calendar: str = "published") -> Config:
         },
         phases=[_phase1(every[0]), _phase2(every[1]), _phase3(every[2])],
         data=DataConfig(root="data", tokenizer="tokenizer.json", sequence_length=2048),
+        # 10,922 is no multiple of a TPU's tiles: padded in memory, its gradients come back in parts.
+        training=TrainingConfig(pad_to=256),
         # A full state is 79 GB, weights in bfloat16 13 GB: 13 of the 136 keep it, and each phase's last.
         checkpoints=CheckpointConfig(keep_public_every=10),
     )
