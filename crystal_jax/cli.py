@@ -6,9 +6,12 @@ means restart. Only the module of the command that is asked for is imported.
 
 import argparse
 import importlib
+import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from crystal_jax.errors import UserError, explain
@@ -22,6 +25,8 @@ COMMANDS = {
     "train": ("crystal_jax.train", "train, or continue a run"),
     "inspect": ("crystal_jax.inspect", "what a step saw, which steps saw a document, what was consumed"),
     "replay": ("crystal_jax.replay", "make steps of a run again and compare them bit for bit"),
+    "coord_check": ("crystal_jax.coord_check", "activation sizes against width: is the parametrisation right?"),
+    "plan": ("crystal_jax.plan", "compile a config for a TPU slice without one: memory, speed, cost"),
     "report": ("crystal_jax.report", "pictures and a page from a run's metrics"),
     "score": ("crystal_jax.score", "log-probabilities of given tokens"),
     "generate": ("crystal_jax.generate", "complete text or code, fill in the middle"),
@@ -46,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for logger in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops
+    _use_no_missing_tpu()
     try:
         return _run(argv, name)
     except (Exception, KeyboardInterrupt) as error:
@@ -68,6 +74,13 @@ def _run(argv: list[str], name: str) -> int:
 
         args.config = load_config(args.config, overrides)
     return importlib.import_module(COMMANDS[name][0]).main(args) or 0
+
+
+def _use_no_missing_tpu() -> None:
+    """Where libtpu is installed for `plan` alone, it would complain at length that there is no TPU."""
+    devices = [path for kind in ("accel", "vfio", "nvidia", "kfd") for path in Path("/dev").glob(f"{kind}*")]
+    if not devices and importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _without_closed_loops(event: "sys.UnraisableHookArgs") -> None:

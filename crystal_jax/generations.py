@@ -29,8 +29,11 @@ class Generation:
     chips_on_one_host: int  # the largest slice that is one host
     tflops: float  # bfloat16, per chip
     hbm_gib: int
+    usable_gib: float  # that the compiler lets a program have on a device; the rest is the runtime's
+    cycles_ghz: float  # of its estimates: as many as give a product of 8192 x 8192 matrices 90% of the peak
     hbm_gb_s: float
     ici_gb_s: float
+    dcn_gb_s: float  # per chip, to other slices
     torus_dims: int
     largest: int  # chips of the largest slice
     runtime_version: str  # of the virtual machine's image; empty: reached through GKE only
@@ -45,29 +48,32 @@ class Generation:
 GENERATIONS = {generation.name: generation for generation in (
     Generation(
         name="v4", prefix="v4", cores_per_chip=2, devices_per_chip=1, chips_per_host=4, chips_on_one_host=4,
-        tflops=275, hbm_gib=32, hbm_gb_s=1228, ici_gb_s=90, torus_dims=3, largest=4096,
-        runtime_version="tpu-ubuntu2204-base", on_demand=3.22, spot=(0.92, 0.92), chip_config="megacore",
-        device_kinds=("TPU v4",), gke_accelerator="tpu-v4-podslice", gke_machine="ct4p-hightpu-4t"),
+        tflops=275, hbm_gib=32, usable_gib=30.75, cycles_ghz=1.02, hbm_gb_s=1228, ici_gb_s=90, dcn_gb_s=6.25,
+        torus_dims=3, largest=4096, runtime_version="tpu-ubuntu2204-base", on_demand=3.22, spot=(0.92, 0.92),
+        chip_config="megacore", device_kinds=("TPU v4",), gke_accelerator="tpu-v4-podslice",
+        gke_machine="ct4p-hightpu-4t"),
     Generation(
         name="v5e", prefix="v5litepod", cores_per_chip=1, devices_per_chip=1, chips_per_host=4, chips_on_one_host=8,
-        tflops=197, hbm_gib=16, hbm_gb_s=819, ici_gb_s=90, torus_dims=2, largest=256,
-        runtime_version="v2-alpha-tpuv5-lite", on_demand=1.20, spot=(0.25, 0.60), chip_config="default",
-        device_kinds=("TPU v5 lite", "TPU v5e"), gke_accelerator="tpu-v5-lite-podslice",
+        tflops=197, hbm_gib=16, usable_gib=15.75, cycles_ghz=1.54, hbm_gb_s=819, ici_gb_s=90, dcn_gb_s=3.125,
+        torus_dims=2, largest=256, runtime_version="v2-alpha-tpuv5-lite", on_demand=1.20, spot=(0.25, 0.60),
+        chip_config="default", device_kinds=("TPU v5 lite", "TPU v5e"), gke_accelerator="tpu-v5-lite-podslice",
         gke_machine="ct5lp-hightpu-4t"),
     Generation(
         name="v5p", prefix="v5p", cores_per_chip=2, devices_per_chip=1, chips_per_host=4, chips_on_one_host=4,
-        tflops=459, hbm_gib=95, hbm_gb_s=2765, ici_gb_s=180, torus_dims=3, largest=6144,
-        runtime_version="v2-alpha-tpuv5", on_demand=4.20, spot=(0.93, 1.68), chip_config="megacore",
-        device_kinds=("TPU v5p", "TPU v5"), gke_accelerator="tpu-v5p-slice", gke_machine="ct5p-hightpu-4t"),
+        tflops=459, hbm_gib=95, usable_gib=95.74, cycles_ghz=1.75, hbm_gb_s=2765, ici_gb_s=180, dcn_gb_s=6.25,
+        torus_dims=3, largest=6144, runtime_version="v2-alpha-tpuv5", on_demand=4.20, spot=(0.93, 1.68),
+        chip_config="megacore", device_kinds=("TPU v5p", "TPU v5"), gke_accelerator="tpu-v5p-slice",
+        gke_machine="ct5p-hightpu-4t"),
     Generation(
         name="v6e", prefix="v6e", cores_per_chip=1, devices_per_chip=1, chips_per_host=4, chips_on_one_host=8,
-        tflops=918, hbm_gib=32, hbm_gb_s=1638, ici_gb_s=180, torus_dims=2, largest=256,
-        runtime_version="v2-alpha-tpuv6e", on_demand=2.70, spot=(0.57, 1.35), chip_config="default",
-        device_kinds=("TPU v6 lite", "TPU v6e"), gke_accelerator="tpu-v6e-slice", gke_machine="ct6e-standard-4t"),
+        tflops=918, hbm_gib=32, usable_gib=31.25, cycles_ghz=2.24, hbm_gb_s=1638, ici_gb_s=180, dcn_gb_s=12.5,
+        torus_dims=2, largest=256, runtime_version="v2-alpha-tpuv6e", on_demand=2.70, spot=(0.57, 1.35),
+        chip_config="default", device_kinds=("TPU v6 lite", "TPU v6e"), gke_accelerator="tpu-v6e-slice",
+        gke_machine="ct6e-standard-4t"),
     Generation(
         name="tpu7x", prefix="tpu7x", cores_per_chip=2, devices_per_chip=2, chips_per_host=4, chips_on_one_host=4,
-        tflops=2307, hbm_gib=192, hbm_gb_s=7380, ici_gb_s=180, torus_dims=3, largest=9216,
-        runtime_version="", on_demand=None, spot=None, chip_config="default",
+        tflops=2307, hbm_gib=192, usable_gib=94.75, cycles_ghz=2.46, hbm_gb_s=7380, ici_gb_s=180, dcn_gb_s=12.5,
+        torus_dims=3, largest=9216, runtime_version="", on_demand=None, spot=None, chip_config="default",
         device_kinds=("TPU7x",), gke_accelerator="tpu7x", gke_machine="tpu7x-standard-4t"),
 )}
 

@@ -1,9 +1,12 @@
 """The command line: every command has help, every mistake is one line, exit codes are a contract."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import RunCli
+from conftest import ROOT, RunCli
 
 from crystal_jax import cli
 from crystal_jax.config_file import load_config
@@ -24,9 +27,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 def test_only_the_asked_command_is_imported(run_cli: RunCli) -> None:
     """`crystal-jax recipe` must not wait for JAX."""
-    import subprocess
-    import sys
-
     code = ("import sys; from crystal_jax.cli import main; main(['recipe', 'show', '--config=configs/crystal_7b.py']); "
             "sys.exit('jax' in sys.modules)")
     root = Path(__file__).parents[1]
@@ -76,9 +76,6 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_a_reader_that_closes_our_output_is_no_error(run_cli: RunCli) -> None:
-    import subprocess
-    import sys
-
     root = Path(__file__).parents[1]
     script = f"{sys.executable} -m crystal_jax recipe show --config=configs/crystal_7b.py --calendar | head -1"
     result = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, check=False)
@@ -126,3 +123,13 @@ def test_overrides_and_variants_reach_their_field() -> None:
     assert config.phases[0].mix == {"text": 0.5, "code": 0.5} and config.training.remat == "full"
     assert config.phases[1].lr.peak == 1e-3 and config.phases[2].subset["text"].first == 0.25
     assert sum(phase.steps or 0 for phase in config.phases) == 60
+
+
+def test_a_compiler_for_absent_tpus_says_nothing() -> None:
+    """libtpu, which `plan` needs, would tell every command at length that there is no TPU."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install -r requirements/dev.txt")
+    environment = {key: value for key, value in os.environ.items() if key not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    code = "from crystal_jax import cli; cli._use_no_missing_tpu(); import jax; print(jax.devices())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert done.stderr == "" and "Device" in done.stdout

@@ -11,8 +11,10 @@ import pytest
 from stores import make_store
 from tpu_pods import Pod, make_pod
 
+from crystal_jax.config import Config
 from crystal_jax.config_file import load_config
-from crystal_jax.generations import find_slice
+from crystal_jax.errors import UserError
+from crystal_jax.generations import Slice, find_slice
 from tpu import preflight
 from tpu.cloud import Answer
 from tpu.preflight import BAD, DOUBTFUL, GOOD, Job
@@ -52,15 +54,38 @@ def test_days_are_those_of_the_notes(kind: str, days: float) -> None:
     assert preflight.seconds_per_step(job, 0.5, int(1.39e12)) / 86400 == pytest.approx(days, rel=0.02)
 
 
-def test_memory_is_arithmetic_and_says_so() -> None:
+def planned(used: float, fits: bool) -> dict:
+    return {"memory": {"used": used * 2**30, "usable": 95.74 * 2**30, "fits": fits},
+            "step": {"seconds": 1.5, "mfu": 0.5}}
+
+
+def test_memory_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compile_plan(config: Config, piece: Slice, slices: int) -> dict:
+        asked.append((config.training.mesh.slice, piece.chips, slices))
+        return planned(11.1, True) if config.training.mesh.fsdp == 16 else planned(120.0, False)
+
+    monkeypatch.setattr(preflight, "compile_plan", compile_plan)
     (level, text), = preflight.check_fit(make_job())
-    assert level == GOOD
-    assert "6.1 GiB of state" in text and "arithmetic" in text
-    (level, text), = preflight.check_fit(make_job("v5p-128", "--config.training.mesh.fsdp=1"))
-    assert level == BAD and "mesh.fsdp" in text
-    levels = [level for level, _ in preflight.check_fit(make_job("v5p-256"))]
-    assert levels[0] == BAD  # 2112 sequences aren't 128 parts
-    assert [level for level, _ in preflight.check_fit(make_job("v5p-256", "--config.training.mesh.tensor=2"))] == [GOOD]
+    assert level == GOOD and "11.1 of 95.74 GiB" in text and "predicted: 1.50 s" in text
+    (level, text), = preflight.check_fit(replace(make_job("v5p-128", "--config.training.mesh.fsdp=1"), slices=2))
+    assert level == BAD and "out of memory" in text and "plan --sweep" in text
+    assert asked == [(1, 64, 1), (2, 64, 2)]
+
+
+def test_a_mesh_that_does_not_fit_is_bad_and_no_compiler_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "config.phases[0].global_batch_size: 2112 doesn't divide into 128 equal parts"
+
+    def refuse(*_: object) -> dict:
+        raise UserError(said)
+
+    monkeypatch.setattr(preflight, "compile_plan", refuse)
+    assert list(preflight.check_fit(make_job())) == [(BAD, said)]
+    monkeypatch.undo()
+    monkeypatch.setattr("crystal_jax.topology.is_installed", lambda: False)
+    (level, text), = preflight.check_fit(make_job())
+    assert level == DOUBTFUL and "isn't known" in text and "crystal-jax[tpu]" in text
 
 
 def test_rolling_states_must_be_often_on_spot() -> None:
@@ -88,8 +113,10 @@ def test_each_answer(answers: dict[str, Answer], check, start: str, good: object
     assert [level for level, _ in check(make_job())] == [BAD]
 
 
-def test_each_zone_is_checked(answers: dict[str, Answer], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_zone_is_checked(answers: dict[str, Answer], capsys: pytest.CaptureFixture[str],
+                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the supervisor may go when capacity is lost."""
+    monkeypatch.setattr(preflight, "compile_plan", lambda *_: planned(11.1, True))
     answers["compute tpus accelerator-types list --zone=us-east5-a"] = said("v5p-128\n")
     code = preflight.main(["--project=p", "--zones=us-east5-a,europe-west4-b", "--bucket=my-bucket", "--run=r",
                            "--type=v5p-128", "--slices=1", "--capacity=spot", f"--service-account={ACCOUNT}",
@@ -147,6 +174,7 @@ def test_objects(answers: dict[str, Answer], tmp_path: Path) -> None:
 def test_the_real_gcloud_takes_every_question(answers: dict[str, Answer], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
+    monkeypatch.setattr(preflight, "compile_plan", lambda *_: planned(11.1, True))
     answers["iam service-accounts"] = said(ACCOUNT)
     inner = preflight.ask
     monkeypatch.setattr(preflight, "ask", lambda *argv: (asked.append(argv), inner(*argv))[1])

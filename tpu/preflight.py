@@ -1,15 +1,15 @@
 """What can be checked before money is spent: rights, place, data, fit, cost, how much a preemption loses.
 
-Invariant: it only reads. What can't be learned is said to be unknown, never taken as right; the arithmetic of memory
-and time is named as such, since only a compiler or a chip knows better.
+Invariant: it only reads. What can't be learned is said to be unknown, never taken as right; memory is what
+the TPU's compiler says, times are named as predicted or assumed, since only a chip knows better.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 from crystal_jax.cli import Parser
@@ -25,9 +25,6 @@ from tpu.cloud import Answer, call
 GOOD, DOUBTFUL, BAD = "ok", "?", "BAD"
 GIB = 2**30
 MFU = (0.4, 0.5, 0.6)
-HBM_SHARE = 0.9  # of HBM; the rest is the runtime's and the compiler's
-# Per parameter, float32: master weight, two moments, gradient.
-STATE_BYTES = 16
 WRITERS = {"roles/storage.objectAdmin", "roles/storage.objectUser", "roles/storage.admin"}
 REFUSALS = ("NOT_FOUND", "not found", "PERMISSION_DENIED", "403", "matched no objects", "active account", "INVALID")
 LOST_MINUTES = 30  # between rolling states: more than this costs a spot run dearly
@@ -55,6 +52,10 @@ class Job:
     @property
     def region(self) -> str:
         return self.zone.rsplit("-", 1)[0]
+
+
+class Unknown(Exception):
+    """What can't be learned on this machine."""
 
 
 Line = tuple[str, str]  # GOOD, DOUBTFUL or BAD, and what was found
@@ -210,39 +211,39 @@ def check_store(store: str, manifest: dict[str, Any]) -> Iterator[Line]:
         yield GOOD, f"{store}: {len(named)} files of the stated sizes (their contents: crystal-jax verify {store})"
 
 
-def shards(job: Job) -> tuple[int, int]:
-    """(parts that the state is cut into, parts that a batch is cut into), with -1 of the mesh resolved."""
-    mesh, devices = job.config.training.mesh, job.piece.devices * job.slices
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-    fixed = 1
-    for size in sizes.values():
-        fixed *= max(size, 1)
-    sizes = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
-    if sizes["data"] * sizes["fsdp"] * sizes["tensor"] != devices:
-        raise UserError(f"config.training.mesh: {sizes} doesn't make {devices} devices")
-    return sizes["fsdp"] * sizes["tensor"], sizes["data"] * sizes["fsdp"]
-
-
 def check_fit(job: Job) -> Iterator[Line]:
-    """State and the layers' saved inputs against HBM."""
-    config, model = job.config, job.config.model
-    state_parts, batch_parts = shards(job)
-    batch = max(phase.global_batch_size for phase in config.phases)
-    state = parameter_count(model) * STATE_BYTES / state_parts
-    if uneven := [phase.name for phase in config.phases if phase.global_batch_size % batch_parts]:
-        yield BAD, f"the batch of {', '.join(uneven)} doesn't divide into {batch_parts} parts of the mesh"
-    inputs = ceil(batch / batch_parts) * config.data.sequence_length * model.embed_dim * 2 * model.num_layers
-    room = job.piece.generation.hbm_gib / job.piece.generation.devices_per_chip
-    needed = (state + inputs) / GIB
-    text = (f"{state / GIB:.1f} GiB of state and {inputs / GIB:.1f} GiB of layer inputs on a device of {room:g} GiB: "
-            "arithmetic, without workspace and logits, which only compiling tells")
-    if needed < HBM_SHARE * room:
-        yield GOOD, text
-    elif inputs > state:
-        each = ceil(batch / batch_parts)
-        yield BAD, f"{text}; fewer sequences a device (now {each}): a larger slice, a smaller batch"
+    """The step, compiled for the slice: some seconds of this machine."""
+    config = copy.deepcopy(job.config)
+    config.training.mesh.slice = job.slices
+    try:
+        found = compile_plan(config, job.piece, job.slices)
+    except Unknown as error:
+        yield DOUBTFUL, f"whether the step fits isn't known: {error}"
+    except UserError as error:
+        yield BAD, str(error)
     else:
-        yield BAD, f"{text}; raise config.training.mesh.fsdp (now cut into {state_parts})"
+        memory, step = found["memory"], found["step"]
+        text = (f"the step takes {memory['used'] / GIB:.1f} of {memory['usable'] / GIB:.2f} GiB of a device, as "
+                f"compiled; predicted: {step['seconds']:.2f} s a step, MFU {step['mfu']:.0%}")
+        yield (GOOD, text) if memory["fits"] else (
+            BAD, f"out of memory: {text}; what would fit: crystal-jax plan --sweep (docs/planning.md)")
+
+
+def compile_plan(config: Config, piece: Slice, slices: int) -> dict[str, Any]:
+    """`plan` of a config, without machine code.
+
+    Raises:
+      Unknown: the compiler isn't here.
+      UserError: the mesh or the batch doesn't fit the devices.
+    """
+    try:
+        from crystal_jax.plan import plan
+        from crystal_jax.topology import MISSING, is_installed
+    except ImportError as error:
+        raise Unknown(f"{error}; pip install 'crystal-jax[tpu]'") from error
+    if not is_installed():
+        raise Unknown(MISSING)
+    return plan(config, piece, slices, machine_code=False)
 
 
 def flops_per_token(config: Config) -> float:
