@@ -7,7 +7,7 @@ in what `read_metrics` returns, each (kind, step) occurs once, as it was written
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from etils import epath
 from crystal_jax import files, storage
 from crystal_jax.config import Config, digest, from_dict
 from crystal_jax.errors import UserError
+from crystal_jax.goodput import Account, account
 from crystal_jax.phases import Era, Plan, make_plan
 from crystal_jax.rules import validate
 
@@ -73,6 +74,10 @@ class Run:
     """One per process that trained."""
     train: list[Line]
     evals: list[Line]
+    programs: list[Line]
+    """One per process and global batch size: what the step took to compile, and its memory."""
+    account: Account | None
+    """Where the time went, that of lines included which were taken back; None if the log doesn't say."""
     checkpoints: list[Line]
     """The permanent ones that exist, in order: name and step, and all of manifest.json's fields once it lists them."""
 
@@ -128,7 +133,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         raise UserError(f"{folder}: no run (there is no config.json); give the folder that train --run_dir=... wrote")
     recorded = _read_json(folder / "config.json")
     config = validate(from_dict(Config, {key: value for key, value in recorded.items() if key != "versions"}))
-    lines = read_metrics(folder / "metrics.jsonl")
+    written = read_all(folder / "metrics.jsonl")
+    lines = latest(written)
     checkpoints = {line["step"]: line for line in lines if line["kind"] == "checkpoint"}
     if files.exists(folder / "manifest.json"):
         checkpoints |= {entry["step"]: entry for entry in _read_json(folder / "manifest.json")["checkpoints"]
@@ -138,6 +144,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         starts=[line for line in lines if line["kind"] == "start"],
         train=[line for line in lines if line["kind"] == "train"],
         evals=[line for line in lines if line["kind"] == "eval"],
+        programs=[line for line in lines if line["kind"] == "program"],
+        account=account(written),
         checkpoints=[checkpoints[step] for step in sorted(checkpoints)],
     )
 
@@ -150,18 +158,24 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
-    """The lines of a metrics.jsonl that count, in the order in which they were written.
-
-    A "start" or "train" line takes back all that was written before it about later steps, since the run has gone back
-    behind them; any line takes back an earlier one of its kind and step. "start" lines, one per process, all stay.
+    """The lines of a metrics.jsonl that count; see `latest`.
 
     Raises:
       UserError: no such file, or a damaged line that no interruption explains, by its number.
     """
+    return latest(read_all(path))
+
+
+def latest(lines: Sequence[Line]) -> list[Line]:
+    """Those that count of all the lines of a metrics.jsonl, in the order in which they were written.
+
+    A "start" or "train" line takes back all that was written before it about later steps, since the run has gone back
+    behind them; any line takes back an earlier one of its kind and step. "start" lines, one per process, all stay.
+    """
     kept: list[Line] = []
     seen: set[tuple[str, int]] = set()
     first_later_step = math.inf
-    for line in reversed(_parse(files.as_path(path))):
+    for line in reversed(lines):
         kind, step = line["kind"], line["step"]
         if kind != "start" and ((kind, step) in seen or step > first_later_step):
             continue
@@ -172,8 +186,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Line]:
     return kept[::-1]
 
 
-def _parse(path: epath.Path) -> list[Line]:
-    """Every whole line. A killed process may leave half a line: the file's last, or one just before a "start"."""
+def read_all(path: str | os.PathLike[str]) -> list[Line]:
+    """Every whole line, those included that were taken back.
+
+    A killed process may leave half a line: the file's last, or one just before a "start".
+
+    Raises:
+      UserError: as read_metrics.
+    """
+    path = files.as_path(path)
     try:
         data = files.read_bytes(path)
     except (FileNotFoundError, IsADirectoryError):

@@ -28,6 +28,12 @@ from tensorboardX.summary import scalar  # noqa: E402
 if _HIDE_TORCH:
     del sys.modules["torch"]
 
+BY_THE_CLOCK = ("time", "seconds", "spent", "step_seconds", "seconds_of_steps", "tokens_per_second",
+                "smoothed_tokens_per_second", "tflops_per_device", "mfu")
+"""What a line says of how long it took: in equal runs these may differ, and nothing else in lines about results."""
+OF_PROCESSES = ("start", "program", "profile", "warning", "end")
+"""Kinds of lines that are about a process and not about results."""
+
 
 class MetricsLog:
     """Appends records; a kill loses at most the line being written, on gs:// those of the last second or two."""
@@ -87,7 +93,6 @@ class Interval:
     sources: list[str]
     steps: int = 0
     skipped: int = 0
-    seconds: float = 0.0
     loss: float = 0.0
     grad_norm: float = 0.0
     nll: list[float] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """The pictures of a run, drawn with matplotlib and no global state.
 
-Invariant: one colour family per domain (text blue, code orange) in every picture, tokens on the x axis, phases as
-bands; a run with nothing logged yet gives the same pictures, empty.
+Invariant: one colour family per domain (text blue, code orange) in every picture, tokens on the x axis of all that
+follows the training, phases as bands; a run with nothing logged yet gives the same pictures, empty.
 """
 
 import io
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from crystal_jax.config import LearningRate
+from crystal_jax.goodput import LOST
 from crystal_jax.history import Line, Run
 from crystal_jax.phases import learning_rate
 from crystal_jax.recipe import human
@@ -26,6 +27,7 @@ FAMILIES = {"text": ("#0b3d73", "#2f7cc4", "#a9cdee"), "code": ("#8f3503", "#ec7
 INK, GREY, BANDS = "#22272e", "#6e7781", ("#eef1f5", "#ffffff")
 MANY = 300
 """Points above which a noisy line is drawn pale, with its running mean over it."""
+UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 STYLE = {
     "font.size": 9.5, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": INK,
@@ -187,11 +189,59 @@ def draw_gradient_norm(axes: Axes, run: Run) -> None:
 
 
 def draw_throughput(axes: Axes, run: Run) -> None:
-    """Tokens per second of training, evaluation and checkpoints left out."""
-    _noisy(axes, *run.series(lambda line: line.get("tokens_per_second")), "#57606a", "tokens per second")
+    """Tokens per second of updates: of the slowest and the fastest of a log line, of its mean, and smoothed; on the
+    right what that asks of each device."""
+    timed = [line for line in run.train if line.get("seconds_of_steps")]
+    if timed:
+        slowest, fastest = ([line["tokens_per_second"] * line["step_seconds"] / choose(line["seconds_of_steps"])
+                             for line in timed] for choose in (max, min))
+        tokens = [line["tokens"] for line in timed]
+        axes.fill_between(tokens, slowest, fastest, color="#57606a", alpha=0.15, linewidth=0,
+                          label="single updates, slowest to fastest")
+    _noisy(axes, *run.series(lambda line: line.get("tokens_per_second")), "#57606a", "mean of a log line")
+    smoothed = run.series(lambda line: line.get("smoothed_tokens_per_second"))
+    axes.plot(*smoothed, color="#1a7f5a", linewidth=1.8, label="smoothed")
     frame(axes, run, "Throughput (tokens per second)")
+    if len(smoothed[1]):  # the first updates of a process may be several times as fast as any that follow
+        axes.set_ylim(top=1.6 * float(np.nanmax(smoothed[1])))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(tick)
+    _device_scale(axes, run)
+    _legend(axes)
+
+
+def _device_scale(axes: Axes, run: Run) -> None:
+    """The same curve in MFU, or where no peak is known in TFLOP/s a device, by the last line that says it."""
+    for name, label, scale in (("mfu", "MFU (%)", 100.0), ("tflops_per_device", "TFLOP/s a device", 1.0)):
+        known = [scale * line[name] / line["tokens_per_second"] for line in run.train if line.get(name)]
+        if known:
+            factor = known[-1]
+            right = axes.secondary_yaxis("right", functions=(partial(np.multiply, factor),
+                                                             partial(np.multiply, 1 / factor)))
+            right.set_ylabel(label)
+            return
+
+
+def draw_time(axes: Axes, run: Run) -> None:
+    """The run's wall time by what it went into."""
+    spent = run.account.seconds if run.account else {}
+    total = sum(spent.values())
+    unit, size = next((unit, size) for unit, size in UNITS.items() if total >= 2 * size or size == 1)
+    found = {name: seconds / size for name, seconds in spent.items() if seconds}
+    colours = {"stepping": "#1a7f5a", **dict.fromkeys(LOST, "#cf222e")}
+    axes.set_title("Where the time went", pad=10)
+    axes.barh([*found], [*found.values()], color=[colours.get(name, "#8c959f") for name in found])
+    for row, length in enumerate(found.values()):
+        axes.annotate(f"{length * size / total:.1%}", (length, row), (4, 0), va="center", fontsize=8.5,
+                      textcoords="offset points")
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(unit)
+    axes.xaxis.set_major_formatter(tick)
+    if not found:
+        axes.text(0.5, 0.5, "the log doesn't say", transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
 PANELS: dict[str, tuple[Callable[[Axes, Run], None], float]] = {
@@ -200,6 +250,7 @@ PANELS: dict[str, tuple[Callable[[Axes, Run], None], float]] = {
     "learning_rate": (draw_learning_rate, 3.2),
     "gradient_norm": (draw_gradient_norm, 3.2),
     "throughput": (draw_throughput, 3.2),
+    "time": (draw_time, 3.0),
 }
 """File name to (panel, height of its own picture in inches)."""
 OVERVIEW = (draw_loss, draw_mixture, draw_learning_rate, draw_gradient_norm)

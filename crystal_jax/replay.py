@@ -20,17 +20,18 @@ from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import FatalError, UserError
 from crystal_jax.exports import EXPORTS, INFO
 from crystal_jax.fingerprint import fingerprint, short
+from crystal_jax.goodput import Ledger
 from crystal_jax.history import Line, Record, load_run, read_metrics, read_record
+from crystal_jax.loop import Run
+from crystal_jax.metrics import BY_THE_CLOCK
 from crystal_jax.optimizer import moments
 from crystal_jax.progress import Clock
 from crystal_jax.rules import validate
 from crystal_jax.run_dir import differences, results_depend_on
 from crystal_jax.states import FOLDER, RollingStates, read_position, saved_states
-from crystal_jax.train import Run, use_compilation_cache
+from crystal_jax.train import use_compilation_cache
 from crystal_jax.update import TrainState
 
-BY_THE_CLOCK = ("kind", "step", "time", "tokens_per_second", "step_seconds")
-"""What a log line says beside results."""
 LINES = {"train": "log line", "skip": "skipped update", "fingerprint": "fingerprint"}
 SHOWN = 3
 """Values of a row that are printed."""
@@ -83,7 +84,7 @@ def replay(run_dir: str, start: int, steps: int) -> Replay:
     known = {**results_depend_on(config, stores, None), "init_from": record.plan["init_from"]}
     if changes := differences(record.plan, known):
         raise UserError(f"{folder}: {'; '.join(changes[:3])}; put back what the run has read and followed")
-    run, result = Run(config, folder, mesh, stores, record), Replay(str(folder), start, steps)
+    run, result = Run(config, folder, mesh, stores, record, Ledger()), Replay(str(folder), start, steps)
     with jax.set_mesh(mesh):
         _run(run, _Kept(folder, config, record, lines), result)
     result.compared.sort(key=lambda row: (row.step, row.what))
@@ -138,7 +139,7 @@ class _Clock(Clock):
 
 
 def _results(line: Line) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name not in BY_THE_CLOCK}
+    return {name: value for name, value in line.items() if name not in ("kind", "step", *BY_THE_CLOCK)}
 
 
 def _run(run: Run, kept: _Kept, result: Replay) -> None:
@@ -155,15 +156,14 @@ def _run(run: Run, kept: _Kept, result: Replay) -> None:
         consumed = run.consumed(done) if kind == "train" else {}
         compare(done, LINES[kind], kept.lines.get((kind, done)), _results({**run.place(done), **consumed, **record}))
 
-    clock = _Clock(run.config.training, run.plan, standing, report)
+    clock = _Clock(run.config.training, run.plan, standing, report, run.ledger)
     clock.steps = {step for kind, step in kept.lines if kind == "train"}
     batches = run.batches.iterate(result.start)
     try:
         for step in range(result.start, end):
             state = run.update(state, step, next(batches), clock)
             _compare_arrays(run, kept, step + 1, state, compare)
-        with clock.paused():
-            pass
+        clock.settle()
     except FatalError as error:
         result.stopped = str(error)
     seen = {(row.what, row.step) for row in result.compared}

@@ -7,6 +7,7 @@ old one file by file, each whole.
 import argparse
 import math
 import os
+import statistics
 import time
 
 from etils import epath
@@ -15,6 +16,7 @@ from crystal_jax import files
 from crystal_jax.compare import write_comparison
 from crystal_jax.errors import UserError
 from crystal_jax.evaluation.walk import read_results
+from crystal_jax.goodput import ACTIVITIES, LOST
 from crystal_jax.history import Line, Run, load_run
 from crystal_jax.phases import code_share
 from crystal_jax.recipe import human
@@ -28,7 +30,8 @@ CAPTIONS = {
     "mixture": "Tokens per source within each phase: what the recipe asks for and what was read.",
     "learning_rate": "Learning rate of the peak group; dashed as planned.",
     "gradient_norm": "Global norm of the gradient before it is clipped.",
-    "throughput": "Tokens per second of training; evaluation and checkpoints are left out.",
+    "throughput": "Tokens per second of updates; compilation, evaluation and checkpoints are left out.",
+    "time": "The time from the first process's beginning to the log's last line, and what it went into.",
 }
 
 
@@ -65,7 +68,8 @@ def make_page(run: Run, pictures: dict[str, bytes]) -> str:
         *evaluations,
         section("Mixture", figures["mixture"], _mixture_table(run)),
         section("Optimization", figures["learning_rate"], figures["gradient_norm"]),
-        section("Throughput", figures["throughput"]),
+        section("Throughput", figures["throughput"], _program_table(run)),
+        section("Time", figures["time"], _time_table(run)),
         section("Permanent checkpoints", _checkpoint_table(run)),
         section("The run", _phase_table(run), _start_table(run)),
     ])
@@ -91,10 +95,33 @@ def _facts(run: Run) -> list[tuple[str, str, str, str]]:
         ("updates", f"{run.step:,}", f"of {plan.total_steps:,}", ""),
         ("time spent training", duration(seconds),
          f"{human(run.tokens / seconds)} tokens per second" if seconds else "", ""),
+        *_efficiency(run),
         ("skipped updates", f"{skipped_updates(run):,}", "for a loss or gradient that wasn't finite", ""),
         ("resumes", f"{len(run.resumed_at):,}", "by a later process, from a saved step", ""),
         ("permanent checkpoints", f"{len(run.checkpoints):,}", f"of {len(plan.calendar()):,}", ""),
     ]
+
+
+def _efficiency(run: Run) -> list[tuple[str, str, str, str]]:
+    """Goodput, use of the devices' peak and memory, as far as the log says."""
+    rows = []
+    if run.account:
+        rows.append(("goodput", f"{run.account.goodput:.1%}",
+                     f"of {duration(run.account.total)} went into updates that count", ""))
+    for name, label, form, about in (
+            ("mfu", "MFU", "{:.1%}", "6N + 12LDS FLOPs a token against {peak:g} TFLOP/s (bfloat16) a device"),
+            ("tflops_per_device", "TFLOP/s a device", "{:.3g}", "at 6N + 12LDS FLOPs a token; no known peak")):
+        values = [line[name] for line in run.train if line.get(name)]
+        if values:
+            peak = run.starts[-1]["utilisation"]["peak_tflops"]
+            rows.append((label, form.format(statistics.median(values)), about.format(peak=peak), ""))
+            break
+    if run.programs:
+        memory = run.programs[-1]["memory"]
+        limit = f" of {human(memory['device']['limit'], 'B')}" if "limit" in memory["device"] else ""
+        peak = memory["device"].get("peak") or memory["program"].get("total", 0)
+        rows.append(("memory a device", human(peak, "B"), f"at the first step{limit}", ""))
+    return rows
 
 
 def training_seconds(run: Run) -> float:
@@ -179,11 +206,34 @@ def _phase_table(run: Run) -> str:
     return table(("phase", "#updates", "#tokens", "#batch", "#code", "#FIM", "#peak learning rate", "optimizer"), rows)
 
 
+def _program_table(run: Run) -> str:
+    """Each compilation of the step, and the bytes that it takes on a device."""
+    rows = [(f"{line['step']:,}", f"{line['global_batch_size']:,}", f"{line['seconds']:.1f}", line["cache"],
+             *(human(line["memory"]["program"].get(name, 0), "B") for name in ("arguments", "temporaries", "total")),
+             human(line["memory"]["device"]["peak"], "B") if "peak" in line["memory"]["device"] else "-")
+            for line in run.programs]
+    columns = ("#first step", "#batch", "#seconds to compile", "compilation cache", "#arguments", "#temporaries",
+               "#needed in all", "#peak of the device")
+    return table(columns, rows) if rows else ""
+
+
+def _time_table(run: Run) -> str:
+    if run.account is None:
+        return note("The log doesn't say where the time went.")
+    account, total = run.account, run.account.total
+    spent = {name: (about, account.seconds[name]) for name, about in {**ACTIVITIES, **LOST}.items()}
+    spent |= {"sum": (f"of {account.processes} process{'es' * (account.processes > 1)}", total),
+              "wall time": ("by the times of the log's lines, which follow the calendar's clock", account.wall)}
+    return table(("activity", "what it is", "#seconds", "#share"), [
+        (name, about, f"{seconds:,.1f}", f"{seconds / total:.2%}" if total else "-")
+        for name, (about, seconds) in spent.items()])
+
+
 def _start_table(run: Run) -> str:
     rows = [(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(line["time"])), f"{line['step']:,}",
-             "resumed" if line["resumed"] else "fresh", line["devices"],
+             "resumed" if line["resumed"] else "fresh", line["devices"], line.get("code", "-"),
              ", ".join(f"{name} {version}" for name, version in line["versions"].items())) for line in run.starts]
-    return table(("process started", "#at step", "state", "devices", "versions"), rows) if rows else ""
+    return table(("process started", "#at step", "state", "devices", "code", "versions"), rows) if rows else ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

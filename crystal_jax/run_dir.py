@@ -18,6 +18,7 @@ from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import UserError
 from crystal_jax.history import Record, read_record
 from crystal_jax.lease import held
+from crystal_jax.snapshot import record_code
 from crystal_jax.states import newest_state
 
 
@@ -56,7 +57,7 @@ def check(run_dir: epath.Path, plan: dict[str, Any], config: Config, amend_from:
 
 
 def begin(run_dir: epath.Path, record: Record, config: Config, tokenizer: epath.Path) -> None:
-    """Writes a new run's plan.json and tokenizer.json, and what this command runs with."""
+    """Writes a new run's plan.json and tokenizer.json, and what this command runs with: its config and its code."""
     path = run_dir / "plan.json"
     if not files.exists(path):
         files.write_bytes(run_dir / "tokenizer.json", files.read_bytes(tokenizer))
@@ -64,6 +65,7 @@ def begin(run_dir: epath.Path, record: Record, config: Config, tokenizer: epath.
         files.write_json(path, {"hash": record.hash, "plan": record.plan, "amendments": record.amendments})
     set_aside(run_dir, record)
     files.write_json(run_dir / "config.json", to_dict(config) | {"versions": versions()})
+    record_code(run_dir)
 
 
 @contextmanager
@@ -91,6 +93,10 @@ def locked(run_dir: epath.Path) -> Iterator[None]:
         yield
 
 
+DECIDE = ("seed", "dtype", "z_loss", "spike_window", "spike_factor")
+"""The fields of config.training that do."""
+
+
 def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> dict[str, Any]:
     """What decides the parameters of every step, up to rounding: the identity of a run.
 
@@ -105,7 +111,7 @@ def results_depend_on(config: Config, stores: Stores, init_from: str | None) -> 
     for phase in plan["phases"]:
         del phase["checkpoint_every"], phase["epochs"]
     plan["sources"] = {name: source["domain"] for name, source in plan["sources"].items()}
-    return {**plan, "training": {name: training[name] for name in ("seed", "dtype", "spike_window", "spike_factor")},
+    return {**plan, "training": {name: training[name] for name in DECIDE},
             "fingerprints": stores.fingerprints(), "init_from": init_from}
 
 

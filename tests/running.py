@@ -24,8 +24,9 @@ import numpy as np
 from conftest import OUTER_ENVIRONMENT, ROOT
 
 from crystal_jax import files
+from crystal_jax.metrics import BY_THE_CLOCK, OF_PROCESSES
 
-CLOCK = ("time", "tokens_per_second", "step_seconds", "seconds", "digest")
+CLOCK = (*BY_THE_CLOCK, "digest")
 """What two equal runs may differ in."""
 STATE, EXPORT = r"checkpoints/\d+", r"exports/[^/]+/[^/]+"
 END_SECONDS = 300
@@ -176,7 +177,7 @@ def left_behind(run_dir: Path | str) -> dict[str, Any]:
         elif name == "manifest.json" or (tree in finished and file in ("position.json", "checkpoint.json")):
             found[name] = _timeless(files.read_json(root / name))
     for record in records(run_dir):
-        if record["kind"] not in ("start", "warning"):
+        if record["kind"] not in OF_PROCESSES:
             found[f"metrics.jsonl {record['kind']} {record['step']}"] = _timeless(record)
     return found
 

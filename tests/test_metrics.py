@@ -9,6 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from crystal_jax.config import TrainingConfig, to_dict
 from crystal_jax.errors import FatalError
+from crystal_jax.goodput import Ledger
 from crystal_jax.history import read_metrics
 from crystal_jax.metrics import Interval, MetricsLog
 from crystal_jax.phases import Plan, make_plan
@@ -86,18 +87,17 @@ def plan() -> Plan:
 def test_the_clock_reports_step_n_after_step_n_plus_1_and_at_phase_ends(plan: Plan) -> None:
     reported: list[int] = []
     clock = Clock(TrainingConfig(log_every=10), plan, (Interval(SOURCES), Window()),
-                  lambda done, record: reported.append(done))
+                  lambda done, record: reported.append(done), Ledger())
     for done in range(1, plan.total_steps + 1):
         clock.dispatched(done, metrics(1.0))
         assert done not in reported, "the metrics of this step aren't fetched yet"
-    with clock.paused():
-        pass
+    clock.settle()
     ends = {placed.end for placed in plan.phases}
     assert reported == sorted({*range(10, plan.total_steps + 1, 10), *ends})
 
 
 def test_too_many_nonfinite_steps_in_a_row_end_the_run(plan: Plan) -> None:
-    clock = Clock(TrainingConfig(skips_in_a_row=2), plan, (Interval(SOURCES), Window()), lambda *_: None)
+    clock = Clock(TrainingConfig(skips_in_a_row=2), plan, (Interval(SOURCES), Window()), lambda *_: None, Ledger())
     pattern = [False, False, True, False, False, False]
     with pytest.raises(FatalError, match=r"step 6: loss inf not finite, .*: 3 updates in a row were skipped") as caught:
         for done, finite in enumerate([*pattern, True], 1):

@@ -18,6 +18,7 @@ from world import write_config
 from crystal_jax import processes
 from crystal_jax.errors import UserError
 from crystal_jax.history import read_metrics
+from crystal_jax.metrics import BY_THE_CLOCK
 from crystal_jax.processes import Watchdog
 from crystal_jax.progress import Timer
 from crystal_jax.sharding import Part
@@ -49,8 +50,7 @@ def two(arguments: list[str], cache: dict[str, str], tmp_path_factory: pytest.Te
 
 def lines(run_dir: Path, kind: str) -> dict[int, dict[str, Any]]:
     """The last lines of a kind, without what depends on the clock."""
-    clock = ("time", "tokens_per_second", "step_seconds")
-    return {record["step"]: {key: value for key, value in record.items() if key not in clock}
+    return {record["step"]: {key: value for key, value in record.items() if key not in BY_THE_CLOCK}
             for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == kind}
 
 
@@ -112,8 +112,8 @@ def test_a_signal_to_either_process_stops_both_at_one_step(two: Path, arguments:
 
 def mesh_of(processes: list[Any], shape: tuple[int, int, int]) -> Any:
     devices = np.array([SimpleNamespace(process_index=process) for process in processes], dtype=object)
-    return SimpleNamespace(devices=devices.reshape(shape), shape=dict(zip(("data", "fsdp", "tensor"), shape,
-                                                                          strict=True)))
+    sizes = dict(zip(("slice", "data", "fsdp", "tensor"), (1, *shape), strict=True))
+    return SimpleNamespace(devices=devices.reshape(1, *shape), shape=sizes, empty=False)
 
 
 @pytest.mark.parametrize(("owners", "shape", "held", "counted"), [

@@ -23,7 +23,8 @@ from crystal_jax.rules import validate
 
 from configs import crystal_7b
 
-PICTURES = {"report.png", "loss.png", "mixture.png", "learning_rate.png", "gradient_norm.png", "throughput.png"}
+PICTURES = {"report.png", "loss.png", "mixture.png", "learning_rate.png", "gradient_norm.png", "throughput.png",
+            "time.png"}
 UNIGRAM = {"text": 6.31, "code": 5.72}
 START = {"kind": "start", "step": 0, "time": 1_770_000_000.0, "versions": {"crystal_jax": "0.1.0", "jax": "0.10.2"},
          "devices": "1 x cpu", "parameters": 4_225_920, "resumed": False}
@@ -164,7 +165,7 @@ def test_the_page_stands_alone(page: Page, finished: Path) -> None:
     for tag, attributes in page.tags:
         assert "href" not in attributes, tag
         assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
-    assert sum(tag == "img" for tag, _ in page.tags) == 5
+    assert sum(tag == "img" for tag, _ in page.tags) == 6
     text = (finished / "report" / "report.html").read_text(encoding="utf-8")
     assert not re.findall(r"https?:|url\(|@import", text)
 
@@ -259,6 +260,51 @@ def test_training_time_leaves_out_the_pauses(tiny: Config, tmp_path: Path) -> No
             line["tokens_per_second"] = 2048.0
     run = load_run(write_run(tmp_path / "run", tiny, lines))
     assert report.training_seconds(run) == pytest.approx(100)
+
+
+def with_ledger(config: Config, peak: float | None = 459.0) -> list[dict[str, Any]]:
+    """The lines of a run that says where its time went: 600 updates of 0.5 s after 20 s, on 64 devices."""
+    lines = metrics(config)
+    rates = {"step_seconds": 0.5, "seconds_of_steps": [0.4, 0.6], "tokens_per_second": 4096.0,
+             "smoothed_tokens_per_second": 4000.0, "tflops_per_device": 183.6, **({"mfu": 0.4} if peak else {})}
+    for line in lines:
+        spent = {"initialising": 8.0, "compiling": 12.0, "stepping": 0.5 * line["step"]}
+        line["time"] = START["time"] + 0.5 * line["step"]
+        if line["kind"] == "start":
+            line |= {"spent": {"initialising": 8.0, "compiling": 12.0}, "code": "0123456789abcdef",
+                     "utilisation": {"flops_per_token": {"palm": 1.0}, "devices": 64, "peak_tflops": peak}}
+        elif line["kind"] == "train":
+            line |= {"spent": spent, **rates}
+    memory = {"program": {"arguments": 3 * 10**9, "temporaries": 10**9, "total": 4 * 10**9},
+              "device": {"in_use": 10**9, "peak": 5 * 10**9, "limit": 102 * 10**9} if peak else {}}
+    return [*lines[:1], {"kind": "program", "step": 1, "global_batch_size": 8, "seconds": 11.5, "cache": "miss",
+                         "memory": memory, "spent": {"initialising": 8.0, "compiling": 12.0}, "time": START["time"]},
+            *lines[1:]]
+
+
+def test_goodput_use_of_the_peak_and_memory_are_shown(tiny: Config, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", tiny, with_ledger(tiny))
+    found = Page(report.write_report(folder).read_text(encoding="utf-8"))
+    cards = dict(zip(found.texts, found.texts[1:], strict=False))
+    assert (cards["goodput"], cards["MFU"], cards["memory a device"]) == ("93.8%", "40.0%", "5.00 GB")
+    assert "6N + 12LDS FLOPs a token against 459 TFLOP/s (bfloat16) a device" in found.texts
+    assert "at the first step of 102 GB" in found.texts
+    assert ["1", "8", "11.5", "miss", "3.00 GB", "1.00 GB", "4.00 GB", "5.00 GB"] in found.rows
+    spent = {row[0]: row[2:] for row in found.rows if len(row) == 4}
+    assert spent["stepping"] == ["300.0", "93.75%"] and spent["lost"] == ["0.0", "0.00%"]
+    assert spent["sum"] == spent["wall time"] == ["320.0", "100.00%"]
+    assert any("0123456789abcdef" in row for row in found.rows)
+
+
+def test_without_a_known_peak_there_is_a_rate_and_no_mfu(tiny: Config, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", tiny, with_ledger(tiny, peak=None))
+    found = Page(report.write_report(folder).read_text(encoding="utf-8"))
+    cards = dict(zip(found.texts, found.texts[1:], strict=False))
+    assert "MFU" not in cards and cards["TFLOP/s a device"] == "184" and cards["memory a device"] == "4.00 GB"
+
+
+def test_a_log_without_a_ledger_says_so(page: Page) -> None:
+    assert "The log doesn't say where the time went." in page.texts
 
 
 @pytest.mark.parametrize(("seconds", "text"), [

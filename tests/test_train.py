@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,7 +20,11 @@ from world import make_config, write_config
 
 from crystal_jax import cli
 from crystal_jax.checkpoint import load_weights
-from crystal_jax.history import read_metrics
+from crystal_jax.errors import UserError
+from crystal_jax.goodput import ACTIVITIES, Account, account
+from crystal_jax.history import read_all, read_metrics
+from crystal_jax.loop import Run
+from crystal_jax.metrics import BY_THE_CLOCK
 from crystal_jax.states import newest_state
 from crystal_jax.trees import read_numpy
 
@@ -42,7 +47,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def finished(config_file: Path, run_cli: RunCli, cache: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing disturbed."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = run_cli("train", f"--config={config_file}", f"--run_dir={run_dir}", env=cache)
+    result = run_cli("train", f"--config={config_file}", f"--run_dir={run_dir}", "--profile=9:12", env=cache)
     assert result.returncode == 0, result.stderr
     return run_dir
 
@@ -81,15 +86,14 @@ def leaves(run_dir: Path, step: int = STEPS) -> dict[str, bytes]:
 
 def train_records(run_dir: Path) -> dict[int, dict[str, Any]]:
     """The last train record of each step, without what depends on the clock."""
-    clock = ("time", "tokens_per_second", "step_seconds")
-    return {record["step"]: {key: value for key, value in record.items() if key not in clock}
+    return {record["step"]: {key: value for key, value in record.items() if key not in BY_THE_CLOCK}
             for record in read_metrics(run_dir / "metrics.jsonl") if record["kind"] == "train"}
 
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     names = {entry.name for entry in finished.iterdir()}
     assert names == {".lock", "config.json", "plan.json", "metrics.jsonl", "manifest.json", "tokenizer.json",
-                     "checkpoints", "exports", "tensorboard"}
+                     "checkpoints", "code", "profile", "exports", "tensorboard"}
     manifest = json.loads((finished / "manifest.json").read_text())
     assert [(entry["name"], entry["step"]) for entry in manifest["checkpoints"]] == [
         ("phase1/step_000003", 3), ("phase1/step_000006", 6), ("phase2/step_000005", 11), ("phase2/step_000008", 14),
@@ -117,6 +121,58 @@ def test_the_log_has_a_loss_per_source_and_the_schedule(finished: Path, world: P
                  if record["kind"] == "eval"}
     assert sorted(evaluated) == [6, 7, 14, 18], "every 7 steps and each phase's end"
     assert all(0 < values["unigram_entropy"] < np.log(448) for found in evaluated.values() for values in found.values())
+
+
+def test_the_log_says_what_the_process_was_and_where_its_time_went(finished: Path) -> None:
+    records = read_metrics(finished / "metrics.jsonl")
+    start, program, profile, end = (next(record for record in records if record["kind"] == kind)
+                                    for kind in ("start", "program", "profile", "end"))
+    assert (finished / "code" / f"{start['code']}.zip").is_file()
+    assert len(list((finished / "code").glob("environment-*.json"))) == 1
+    assert start["utilisation"]["flops_per_token"]["palm"] > 0 and start["utilisation"]["peak_tflops"] is None
+    assert (program["step"], program["global_batch_size"], program["cache"]) == (1, 8, "miss")
+    assert program["seconds"] > 0 and program["memory"]["program"]["total"] > 4 * 3 * start["parameters"]
+    assert (profile["step"], end["step"], end["stopped"]) == (12, STEPS, False)
+    assert {path.suffix for path in (finished / profile["folder"]).iterdir()} == {".pb", ".gz"}
+    assert end["spent"].keys() == ACTIVITIES.keys()
+    for record in records:
+        if record["kind"] == "train":
+            assert len(record["seconds_of_steps"]) == (1 if record["step"] == 2 else 2), "but for the first update"
+            assert record["tflops_per_device"] > 0 and "mfu" not in record
+
+
+def accounted(run_dir: Path) -> Account:
+    """The account of a run, of which no time is missing."""
+    found = account(read_all(run_dir / "metrics.jsonl"))
+    assert found is not None and found.total == pytest.approx(found.wall, rel=0.02)
+    return found
+
+
+def test_the_time_of_an_undisturbed_run_is_accounted_for(finished: Path) -> None:
+    found = accounted(finished)
+    assert found.processes == 1 and found.seconds["lost"] == found.seconds["down"] == 0
+    assert all(found.seconds[name] > 0 for name in ACTIVITIES)
+
+
+def test_a_step_that_does_not_fit_is_refused_in_one_line(world: Path) -> None:
+    def compile_it(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+                                         "memory space hbm. Used 33.10G of 31.25G hbm.\n\nTotal hbm usage:\n ...")
+
+    run = SimpleNamespace(memory={}, train_step=SimpleNamespace(lower=compile_it), config=make_config(world))
+    said = (r"a step of 8 sequences with remat=none and accumulate=1 doesn't fit.*33.10G of 31.25G hbm.*"
+            r"try remat=full, accumulate=2")
+    with pytest.raises(UserError, match=said):
+        Run.compile(run, 8, ())  # type: ignore[arg-type]
+
+
+def test_a_run_that_ends_by_itself_says_why(config_file: Path, run_cli: RunCli, cache: dict, tmp_path: Path) -> None:
+    result = run_cli("train", f"--config={config_file}", "--config.phases[0].lr.peak=1e30",
+                     "--config.training.skips_in_a_row=1", f"--run_dir={tmp_path / 'run'}", env=cache)
+    end = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert result.returncode == 4 and end["kind"] == "end" and end["error"] in result.stderr
+    assert "updates in a row were skipped" in end["error"]
+    accounted(tmp_path / "run")
 
 
 def test_it_learns(finished: Path) -> None:
@@ -183,6 +239,10 @@ def test_killed_at_any_time_it_ends_with_the_bits_of_an_undisturbed_run(
     finish(config_file, run_dir, cache)
     assert leaves(run_dir) == leaves(finished)
     assert train_records(run_dir) == train_records(finished)
+    found = accounted(run_dir)
+    assert found.processes == len(at) + 1 and found.seconds["lost"] > 0 and found.seconds["down"] > 0
+    programs = [record for record in read_all(run_dir / "metrics.jsonl") if record["kind"] == "program"]
+    assert [record["cache"] for record in programs] == ["hit"] * (len(at) + 1)
     names = [entry["name"] for entry in json.loads((run_dir / "manifest.json").read_text())["checkpoints"]]
     assert names == [entry["name"] for entry in json.loads((finished / "manifest.json").read_text())["checkpoints"]]
     for name in names:
@@ -240,10 +300,11 @@ def test_init_from_takes_weights_only(finished: Path, config_file: Path, run_cli
     (["--config.phases[1].lr.peak=0.5"], "config.phases[1].lr.peak was 0.008, is 0.5"),
     (["--config.data.tokenizer=none.json"], "none.json"),
     (["--config.sources.text.store=none"], "none"),
+    (["--profile=12:19"], "--profile=12:19: is a number of updates, such as 5, or FIRST:LAST"),
     (["--config.training.mesh.fsdp=3"], "doesn't fit 8 devices"),
     (["--config.training.mesh.data=1", "--config.training.mesh.fsdp=8", "--config.phases[0].global_batch_size=12"],
-     "config.phases[0].global_batch_size: 12 doesn't divide into 8 equal parts (mesh axis data x fsdp); the nearest "
-     "that do are 8 and 16"),
+     "config.phases[0].global_batch_size: 12 doesn't divide into 8 equal parts (mesh axis slice x data x fsdp); the "
+     "nearest that do are 8 and 16"),
 ])
 def test_a_wrong_argument_ends_before_anything_is_overwritten(
         arguments: list[str], said: str, finished: Path, config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
