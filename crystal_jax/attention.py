@@ -4,6 +4,7 @@ Scores are divided by head_dim to the family's power (muP: 1, not 1/2); kernels.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,28 @@ from crystal_jax.kernels import Seen, attention
 from crystal_jax.layers import declare, project, rotary_matrix, rotate
 from crystal_jax.sharding import Axes
 
+BLOCK = 128
+"""Slots of a cache that are read at a time, only as far as the longest text goes."""
+
 KV = tuple[jax.Array, jax.Array]
-"""Keys and values [B, K, S, H]."""
+"""Keys and values [B, K, S, H]; of all layers [L, B, K, S, H]."""
 
 Rotary = tuple[jax.Array, jax.Array]
 """cos and sin [B, 1, T, H]."""
+
+
+class Past(NamedTuple):
+    """The tokens before those that are computed: the newest in `tail`, in the same slots of all rows."""
+
+    tail: KV
+    """Of this layer."""
+    start: jax.Array | int
+    """Slots of the tail that are taken."""
+    cache: KV | None
+    """The older ones, of all layers, and only ever read in blocks: a slice of one layer would be a copy."""
+    layer: int
+    length_B: jax.Array | None
+    """Slots of each row of the cache that count, from the first on."""
 
 
 class Attention(nnx.Module):
@@ -39,31 +57,77 @@ class Attention(nnx.Module):
             self.o_bias = declare((*stack, D), (*lead, "embed"), "vector")
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, rotary: Rotary, seen: Seen, cache: KV | None = None,
-                 at: jax.Array | None = None) -> tuple[jax.Array, KV]:
-        """The output [B, T, D] and the keys and values it attended to.
+    def __call__(self, x_BTD: jax.Array, rotary: Rotary, seen: Seen, past: Past | None = None) -> tuple[
+            jax.Array, KV]:
+        """The output [B, T, D], and the keys and values [B, K, T, H] of these tokens.
 
-        With a `cache` [B, K, S, H] the T new keys of each row are written from its slot `at` [B] on, and all S slots
-        are attended to.
+        With a `past` they come back in its tail, and `seen` says what is seen of that; of its cache all that counts is.
         """
-        heads: Axes = ("batch", "heads", "length", None)
+        # Products for few tokens are as fast as their weights are read: in this order a CPU turns none of them round.
+        dims = "bnth" if past is None else "btnh"
+        axes = {"b": "batch", "t": "length", "h": None}
+        heads: Axes = tuple({**axes, "n": "heads"}[dim] for dim in dims)
         if (kv_axis := _kv_axis(self.config)) == "heads":
-            q_BNTH, k_BKTH, v_BKTH = project("btd,dnh->bnth", x_BTD, self, ("q", "k", "v"), heads)
+            found = project(f"btd,dnh->{dims}", x_BTD, self, ("q", "k", "v"), heads)
         else:
-            q_BNTH, = project("btd,dnh->bnth", x_BTD, self, ("q",), heads)
-            k_BKTH, v_BKTH = project("btd,dnh->bnth", x_BTD, self, ("k", "v"), ("batch", kv_axis, "length", None))
+            kv_heads: Axes = tuple({**axes, "n": kv_axis}[dim] for dim in dims)
+            found = [*project(f"btd,dnh->{dims}", x_BTD, self, ("q",), heads),
+                     *project(f"btd,dnh->{dims}", x_BTD, self, ("k", "v"), kv_heads)]
+        q_BNTH, k_BKTH, v_BKTH = found if past is None else (jnp.swapaxes(part, 1, 2) for part in found)
         if self.config.rotary_dim:
             matrix = rotary_matrix(self.config)
             q_BNTH, k_BKTH = rotate(q_BNTH, *rotary, matrix), rotate(k_BKTH, *rotary, matrix)
         q_BNTH, k_BKTH = checkpoint_name(q_BNTH, "query"), checkpoint_name(k_BKTH, "key")
-        if cache is not None:
-            assert at is not None, "a cache is written at slots"
-            write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1))
-            k_BKTH, v_BKTH = write(cache[0], k_BKTH, at), write(cache[1], v_BKTH, at)
-        mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), seen,
-                               self.config.choices.attention_power)
+        if past is not None:
+            put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.start, axis=2)
+            k_BKTH, v_BKTH = put(past.tail[0], k_BKTH), put(past.tail[1], v_BKTH)
+        if past is None or past.cache is None or past.length_B is None:
+            mixed_BNTH = attention(q_BNTH, self._shared(k_BKTH), self._shared(v_BKTH), seen,
+                                   self.config.choices.attention_power)
+        else:
+            mixed_BNTH = self._with_cache(q_BNTH, (k_BKTH, v_BKTH), seen, past.cache, past.layer, past.length_B)
         out: Axes = ("batch", sharding.stream(x_BTD.shape[1]), "embed")
-        return project("bnth,nhd->btd", mixed_BNTH, self, ("o",), out)[0], (k_BKTH, v_BKTH)
+        mixed = mixed_BNTH if past is None else jnp.swapaxes(mixed_BNTH, 1, 2)
+        return project(f"{dims},nhd->btd", mixed, self, ("o",), out)[0], (k_BKTH, v_BKTH)
+
+    def _with_cache(self, q_BNTH: jax.Array, tail: KV, seen: Seen, cache: KV, layer: int,
+                    length_B: jax.Array) -> jax.Array:
+        """The softmax over the tail and the cache, summed up block by block.
+
+        Blocks behind a row's text add exact zeros, so that no row's result depends on how long another's text is.
+        """
+        wide = jnp.promote_types(q_BNTH.dtype, jnp.float32)
+        q_BNTH = q_BNTH * jnp.asarray(q_BNTH.shape[-1] ** -self.config.choices.attention_power, q_BNTH.dtype)
+        _, B, K, S, H = cache[0].shape
+        size = min(BLOCK, S)
+        assert S % size == 0, "whole blocks"
+
+        def scores(k_BKSH: jax.Array, mask: jax.Array) -> jax.Array:
+            found = jnp.einsum("bnth,bnsh->bnts", q_BNTH, self._shared(k_BKSH), preferred_element_type=wide)
+            return jnp.where(mask, found, jnp.finfo(wide).min)
+
+        def mix(weights_BNTS: jax.Array, v_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mixed_BNTH = jnp.einsum("bnts,bnsh->bnth", weights_BNTS.astype(v_BKSH.dtype), self._shared(v_BKSH),
+                                    preferred_element_type=wide)
+            return jnp.sum(weights_BNTS, axis=-1, keepdims=True), mixed_BNTH
+
+        def block(number: jax.Array, so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, mixed = so_far
+            k_BKSH, v_BKSH = (jax.lax.dynamic_slice(part, (layer, 0, 0, number * size, 0), (1, B, K, size, H))[0]
+                              for part in cache)
+            mask_BS = (number * size + jnp.arange(size))[None, :] < length_B[:, None]
+            found = scores(k_BKSH, mask_BS[:, None, None, :])
+            highest = jnp.maximum(top, jnp.max(found, axis=-1, keepdims=True))
+            shrunk = jnp.exp(top - highest)
+            total_here, mixed_here = mix(jnp.exp(found - highest), v_BKSH)
+            return highest, total * shrunk + total_here, mixed * shrunk + mixed_here
+
+        assert seen.allowed is not None, "what is seen of the tail"
+        found = scores(tail[0], seen.allowed)
+        top = jnp.max(found, axis=-1, keepdims=True)
+        blocks = -(-jnp.max(length_B) // size)
+        _, total, mixed = jax.lax.fori_loop(0, blocks, block, (top, *mix(jnp.exp(found - top), tail[1])))
+        return (mixed / total).astype(q_BNTH.dtype)
 
     def _shared(self, heads_BKSH: jax.Array) -> jax.Array:
         """[B, N, S, H]: each head once per head of queries that it serves."""
@@ -77,6 +141,13 @@ def _kv_axis(config: ModelConfig) -> str:
     return "heads" if config.kv_heads == config.num_heads else "kv_heads"
 
 
+def empty_tails(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> list[KV]:
+    """Zeros [B, K, R, H] for the keys and the values of each layer."""
+    shape, layout = (batch, config.kv_heads, slots, config.head_dim), sharding.used(*_cached(config))
+    zeros = jnp.zeros(shape, dtype, out_sharding=layout)
+    return [(zeros, zeros)] * config.num_layers
+
+
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> KV:
     """Zeros [L, B, K, S, H] for keys and for values."""
     shape = (config.num_layers, batch, config.kv_heads, slots, config.head_dim)
@@ -84,5 +155,16 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -
     return jnp.zeros(shape, dtype, out_sharding=layout), jnp.zeros(shape, dtype, out_sharding=layout)
 
 
+def write(cache: KV, tails: list[KV], at_B: jax.Array) -> KV:
+    """The cache with the layers' tails [B, K, R, H] from slot `at` of each row on."""
+    put = jax.vmap(jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=1)), in_axes=(0, 0, None))
+    keys, values = map(jnp.stack, zip(*tails, strict=True))
+    return put(cache[0], keys, at_B), put(cache[1], values, at_B)
+
+
 def cache_layout(config: ModelConfig) -> jax.sharding.PartitionSpec | None:
-    return sharding.used("layers", "batch", _kv_axis(config), "length", None)
+    return sharding.used("layers", *_cached(config))
+
+
+def _cached(config: ModelConfig) -> Axes:
+    return "batch", _kv_axis(config), "length", None

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from crystal_jax import sharding
-from crystal_jax.attention import KV, Attention, Rotary
+from crystal_jax.attention import KV, Attention, Past, Rotary
 from crystal_jax.config import REMAT, ModelConfig
 from crystal_jax.kernels import Seen, make_seen
 from crystal_jax.layers import MLP, Norm, Param, ParamSpec, declare, rotary_tables
@@ -35,9 +35,9 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config, stack)
         self.mlp = MLP(config, stack, pad_to)
 
-    def __call__(self, h_BTD: jax.Array, rotary: Rotary, seen: Seen, cache: KV | None = None,
-                 at: jax.Array | None = None) -> tuple[jax.Array, KV]:
-        mixed_BTD, kv = self.attn(self.attn_norm(h_BTD), rotary, seen, cache, at)
+    def __call__(self, h_BTD: jax.Array, rotary: Rotary, seen: Seen, past: Past | None = None) -> tuple[
+            jax.Array, KV]:
+        mixed_BTD, kv = self.attn(self.attn_norm(h_BTD), rotary, seen, past)
         h_BTD = h_BTD + mixed_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
 
@@ -138,23 +138,30 @@ class Crystal(nnx.Module):
         total, nll_BT = cross_entropy(h_BTD, self._output[...], targets_BT, mask_BT, self._softmax(z_loss))
         return total / targets_BT.size, nll_BT
 
-    def extend(self, ids_BT: jax.Array, positions_BT: jax.Array, mask: jax.Array, cache: KV,
-               at: jax.Array) -> tuple[jax.Array, KV]:
-        """The normalised stream [B, T, D] of T more tokens, and the cache [L, B, K, S, H] with them from slot
-        `at` [B] on.
+    def blocks(self) -> list[Block]:
+        """Each layer alone, for `extend`: copies, which on a CPU each token would else make again."""
+        leaves, treedef = jax.tree.flatten(self.layers)
+        return [jax.tree.unflatten(treedef, parts) for parts in zip(*leaves, strict=True)]
 
-        `mask` [B, 1, T, S] says which slots each of them sees.
+    def extend(self, blocks: list[Block], ids_BT: jax.Array, tails: list[KV], start: jax.Array | int,
+               cache: KV | None = None, length_B: jax.Array | None = None) -> tuple[jax.Array, list[KV]]:
+        """The normalised stream [B, T, D] of T more tokens, and each layer's tail [B, K, R, H] with their keys and
+        values from slot `start` on.
+
+        Each sees the slots of the tail up to its own, and before them the first `length` [B] of a cache
+        [L, B, K, S, H].
         """
+        index_T = start + jnp.arange(ids_BT.shape[1])
+        positions_BT = index_T[None, :] if length_B is None else index_T[None, :] + length_B[:, None]
         rotary = rotary_tables(self.config, positions_BT, self._wide)
+        mask = (jnp.arange(tails[0][0].shape[2])[None, :] <= index_T[:, None])[None, None]
         seen = Seen(allowed=mask, causal=False)
 
-        def layer(h_BTD: jax.Array, block_and_cache: tuple[Block, KV]) -> tuple[jax.Array, KV]:
-            block, old = block_and_cache
-            return block(h_BTD, rotary, seen, old, at)
-
-        h_BTD = self.embedded(ids_BT, positions_BT)
-        h_BTD, cache = jax.lax.scan(layer, h_BTD, (self.layers, cache), unroll=self.unroll)
-        return sharding.lay(self.final_norm(h_BTD), "batch", "length", "embed"), cache
+        h_BTD, found = self.embedded(ids_BT, positions_BT), []
+        for index, (block, tail) in enumerate(zip(blocks, tails, strict=True)):
+            h_BTD, tail = block(h_BTD, rotary, seen, Past(tail, start, cache, index, length_B))
+            found.append(tail)
+        return sharding.lay(self.final_norm(h_BTD), "batch", "length", "embed"), found
 
     def _softmax(self, z_loss: float = 0.0) -> Softmax:
         return Softmax(self.config.logit_scale, self.config.vocab_size, z_loss)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal_jax.attention import empty_cache
+from crystal_jax.attention import empty_cache, empty_tails
 from crystal_jax.config import ModelConfig
 from crystal_jax.kernels import CAUSAL_BLOCKS, Seen, attention, causal_mask
 from crystal_jax.layers import rotary_matrix, rotary_tables, rotate
@@ -175,13 +175,10 @@ def test_extending_piece_by_piece_is_the_whole_at_once() -> None:
     @functools.partial(jax.jit, compiler_options=oracle.QUICK)
     def both(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         bound = model.bind(params)
-        cache = empty_cache(CONFIG, 2, 11, jnp.dtype(jnp.float32))
+        tails = empty_tails(CONFIG, 2, 11, jnp.dtype(jnp.float32))
         pieces = []
         for start, end in ((0, 5), (5, 6), (6, 8)):
-            at = jnp.arange(start, end)
-            mask = (jnp.arange(11)[None, :] <= at[:, None])[None, None]
-            positions = jnp.broadcast_to(at[None, :], (2, end - start))
-            piece, cache = bound.extend(ids[:, start:end], positions, mask, cache, jnp.full(len(ids), start))
+            piece, tails = bound.extend(bound.blocks(), ids[:, start:end], tails, start)
             pieces.append(piece)
         return jnp.concatenate(pieces, axis=1), bound.hidden(ids)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 
 from crystal_jax import recipe, sharding
-from crystal_jax.attention import empty_cache
+from crystal_jax.attention import empty_tails
 from crystal_jax.config import MeshConfig, ModelConfig
 from crystal_jax.errors import UserError
 from crystal_jax.model import Crystal, init_params, map_specs, parameter_count
@@ -128,13 +128,10 @@ def test_with_a_cache_as_without(name: str) -> None:
     tokens = ids(model, length=24)
     bound = Crystal(model).bind(params)
     whole = bound.hidden(jnp.asarray(tokens))
-    cache = empty_cache(model, 3, 24, jnp.float32)
-    assert cache[0].shape == (model.num_layers, 3, model.kv_heads, 24, model.head_dim)
-    slots = np.arange(24)
+    tails = empty_tails(model, 3, 24, jnp.float32)
+    assert tails[0][0].shape == (3, model.kv_heads, 24, model.head_dim)
     for first, last in ((0, 10), (10, 11), (11, 24)):
-        positions = np.broadcast_to(np.arange(first, last), (3, last - first))
-        mask = (slots[None, :] <= np.arange(first, last)[:, None])[None, None]
-        part, cache = bound.extend(tokens[:, first:last], positions, mask, cache, jnp.full(len(tokens), first))
+        part, tails = bound.extend(bound.blocks(), tokens[:, first:last], tails, first)
         np.testing.assert_allclose(part, whole[:, first:last], atol=2e-5)
 
 

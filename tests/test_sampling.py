@@ -1,5 +1,6 @@
 """Slots that are refilled: what a request gives depends on nothing but itself."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crystal_jax import sampling, sharding
+from crystal_jax.attention import BLOCK, KV, empty_tails
 from crystal_jax.config import MeshConfig, ModelConfig
 from crystal_jax.model import Crystal, Params, map_specs
 from crystal_jax.sampling import BUCKET, Request, Sampler
@@ -71,6 +73,24 @@ def test_a_request_gives_the_same_alone_and_among_others(sampler: Sampler, toget
 
 def test_the_number_of_slots_changes_nothing_beyond_rounding(params: Params, together: dict[int, list[int]]) -> None:
     assert dict(Sampler(CRYSTAL, params, EOS, slots=1)(requests(8))) == {n: together[n] for n in range(8)}
+
+
+def test_longer_texts_beside_it_add_exact_zeros(params: Params) -> None:
+    """The same bits for a row, however many blocks of the cache the others take, and whatever lies behind its end."""
+    rng = np.random.default_rng(0)
+    shape = (MODEL.num_layers, 2, MODEL.kv_heads, 3 * BLOCK, MODEL.head_dim)
+    keys, values = (rng.standard_normal(shape, np.float32) for _ in range(2))
+
+    @functools.partial(jax.jit, compiler_options=oracle.QUICK)
+    def step(cache: KV, length_B: jax.Array) -> jax.Array:
+        bound, tails = CRYSTAL.bind(params), empty_tails(MODEL, 2, 1, jnp.dtype(jnp.float32))
+        return bound.extend(bound.blocks(), jnp.full((2, 1), 7), tails, 0, cache, length_B)[0]
+
+    alone = np.asarray(step((keys, values), jnp.asarray([50, 0])))
+    for length in (50, BLOCK, BLOCK + 1, 3 * BLOCK):
+        assert np.array_equal(step((keys, values), jnp.asarray([50, length]))[0], alone[0])
+    keys[:, :, :, 50:], values[:, :, :, 50:] = 1e3, -1e3
+    assert np.array_equal(step((keys, values), jnp.asarray([50, 3 * BLOCK]))[0], alone[0])
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
