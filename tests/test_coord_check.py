@@ -97,6 +97,7 @@ def wrong_scores(_: pytest.MonkeyPatch) -> ModelConfig:
     return mup.StandardModelConfig(**vars(TINY))
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(("leave_out", "place"), [
     (wrong_rate, "mlp"), (wrong_embedding_rate, "embedding"), (wrong_logits, "logits"), (wrong_initial_values, "mlp"),
     (wrong_scores, "scores")])

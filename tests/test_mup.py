@@ -109,6 +109,7 @@ def swept(small: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return output, lr_sweep.sweep(small, [32, 48], [0.01, 0.02], 1, output)
 
 
+@pytest.mark.drill
 def test_a_run_of_the_sweep_is_a_run_of_train(small: Config, world: Path, run_cli: RunCli, tmp_path: Path,
                                               swept: tuple[Path, lr_sweep.Sweep]) -> None:
     """At the config's own width, rate and seed: the same held-out losses."""
