@@ -110,6 +110,22 @@ def test_collectives_are_on_the_axis_that_needs_them(compiled: Compiled) -> None
     assert line.seconds >= line.computing + line.kernels + line.exposed - 1e-9
 
 
+@needs_compiler
+def test_gradients_come_back_in_parts() -> None:
+    """Reduce-scattered over fsdp, then summed over the copies, a quarter each: no whole weight is all-reduced."""
+    config = small("--config.model.embed_dim=2048", "--config.model.num_heads=16", "--config.model.mlp_dim=8192",
+                   "--config.training.mesh.data=4",
+                   *(f"--config.phases[{phase}].global_batch_size=16" for phase in range(3)))
+    compiled = compile_step(config, find_slice("v5p:2x2x4"), machine_code=False)
+    line = timeline(Program(compiled.program).events, Machine(find_slice("v5p:2x2x4"), compiled.mesh, compiled.places))
+    # In bfloat16: three layers, and the embedding as input and as output.
+    weights = 2 * (3 * (4 * 2048**2 + 3 * 2048 * 8192) + 2 * 2048 * 2048)
+    moved = {(row.kind, row.axis): row.gb * 1e9 for row in line.traffic.values()}
+    assert moved["reduce-scatter", "fsdp"] == pytest.approx(weights, rel=0.05)
+    assert moved["all-reduce", "data"] == pytest.approx(weights / 4, rel=0.05)
+    assert sum(size for (kind, _), size in moved.items() if kind == "all-reduce") < weights / 4 * 1.05
+
+
 def test_the_text_and_the_json_are_the_same_plan(compiled: Compiled) -> None:
     config, piece = small(), find_slice(SLICE)
     found = {"name": "x", "topology": SLICE, "slices": 1, "chips": 4, "flags": "default", "libtpu": "0",
