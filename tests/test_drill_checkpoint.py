@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from crystal_jax.checkpoint import load_weights
 from crystal_jax.config import ModelConfig, to_dict
 from crystal_jax.config_file import load_config
 from crystal_jax.exports import Calendar
-from crystal_jax.model import Crystal, init_params
+from crystal_jax.layers import ParamSpec
+from crystal_jax.model import Crystal, init_params, map_specs
 from crystal_jax.phases import make_plan
 from crystal_jax.states import RollingStates, saved_states
 from crystal_jax.trees import read_numpy
@@ -112,10 +114,14 @@ def test_a_whole_run_of_7b_leaves_exactly_its_calendar(tmp_path: Path, drill_rec
     ends = [placed.end for placed in plan.phases]
     states = RollingStates(tmp_path / "checkpoints", config.checkpoints, [*ends, *every_tenth])
     drill = drill_record("F12", "the calendar of the 7B recipe: all 136 permanent checkpoints, and their states")
+
+    def full_of(step: int, spec: ParamSpec) -> jax.Array:
+        return jax.device_put(np.full(spec.shape, step, np.float32), layout)
+
     for step, name in calendar.planned.items():
         with drill.attempt():
-            params = {"x": jax.device_put(np.full(8, step, np.float32), layout)}
-            calendar.write(name, params, config.model, "bfloat16", {"name": name, "step": step, "plan_hash": "abc"})
+            params = map_specs(partial(full_of, step), Crystal(MODEL).specs())
+            calendar.write(name, params, MODEL, "bfloat16", {"name": name, "step": step, "plan_hash": "abc"})
             states.save(step, {"params": params, "moments": params}, {"step": step})
     states.close()
     there = [path.parent.relative_to(tmp_path / "exports").as_posix()
