@@ -318,4 +318,5 @@ def test_every_generation(slice_: str, slices: int, flags: str) -> None:
     assert found["memory"]["fits"] and found["assumed"]["from_cycles"] and 0 < found["step"]["mfu"] < 1
     assert (found["mesh"]["slice"], found["chips"]) == (slices, piece.chips * slices)
     axes = {axis for row in found["collectives"] for axis in row["axis"].split("+")}
-    assert ("slice" in axes) == (slices > 1)
+    assert "slice" not in axes, "what slices exchange is no collective in the program"
+    assert ("NOT COUNTED" in render(found)) == (slices > 1)
