@@ -7,11 +7,9 @@ import os
 import re
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import OUTER_ENVIRONMENT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -190,14 +188,3 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path: Path) -> None:
     (tmp_path / "uniform" / "seed2").rename(tmp_path / "uniform" / "seed3")
     with pytest.raises(UserError, match=r"uniform: holds \['seed1', 'seed3'\]; each variant needs runs"):
         table.load(tmp_path)
-
-
-@pytest.mark.drill
-def test_the_script_runs_from_end_to_end(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", SCRIPT, tmp_path / "all", "100"], cwd=tmp_path, capture_output=True, text=True,
-                          check=False, env={**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHON": sys.executable,
-                                            "SEEDS": "3"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert (tmp_path / "all" / "seed3" / "compare.html").is_file()
-    assert (tmp_path / "all" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "| code_after_text less three_phases |" in (tmp_path / "all" / "table.md").read_text()
