@@ -58,11 +58,12 @@ def start(config_file: Path, run_dir: Path, cache: dict[str, str], *extra: str) 
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until the log has reached `step`."""
+def wait_for(run_dir: Path, step: int, process: subprocess.Popen[str], written: int = 0) -> None:
+    """Until the log has reached `step`, the first `written` lines, of earlier processes, aside."""
     while process.poll() is None:
         path = run_dir / "metrics.jsonl"
-        if path.exists() and any(record["kind"] == "train" and record["step"] >= step for record in read_metrics(path)):
+        if path.exists() and any(record["kind"] == "train" and record["step"] >= step
+                                 for record in read_all(path)[written:]):
             return
         time.sleep(0.02)
 
@@ -231,11 +232,13 @@ def test_killed_at_any_time_it_ends_with_the_bits_of_an_undisturbed_run(
         at: list[int], finished: Path, config_file: Path, cache: dict, tmp_path: Path) -> None:
     """kill -9 in phase 1 before any state was saved, around a phase's end, and again and again."""
     run_dir = tmp_path / "run"
+    written = 0
     for step in at:
         process = start(config_file, run_dir, cache)
-        wait_for(run_dir, step, process)
+        wait_for(run_dir, step, process, written)
         process.kill()
         process.communicate()
+        written = len(read_all(run_dir / "metrics.jsonl"))
     finish(config_file, run_dir, cache)
     assert leaves(run_dir) == leaves(finished)
     assert train_records(run_dir) == train_records(finished)
