@@ -161,6 +161,8 @@ def project(equation: str, x: jax.Array, module: nnx.Module, names: Sequence[str
     ends = [i for i, letter in enumerate(result) if letter in kept]
     for i, name in enumerate(names):
         if (bias := getattr(module, f"{name}_bias", None)) is not None:
-            b = sharding.lay(bias[...], *bias.spec.axes[lead:]).astype(x.dtype)
-            found[i] = found[i] + jnp.expand_dims(b, ends)
+            # In float32, as is then the sum of its gradient over all tokens.
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            b = sharding.lay(bias[...], *bias.spec.axes[lead:]).astype(wide)
+            found[i] = (found[i].astype(wide) + jnp.expand_dims(b, ends)).astype(x.dtype)
     return [checkpoint_name(value, name) for name, value in zip(names, found, strict=True)]
