@@ -22,8 +22,11 @@ from crystal_jax.model import Crystal, Params, map_specs, unpadded
 from crystal_jax.states import FORMAT, RollingStates
 
 INFO = "checkpoint.json"
+MANIFEST = "manifest.json"
 WEIGHTS = "params"
 EXPORTS = "exports"
+EVALUATIONS = "evaluations"
+"""RUN/evaluations/PHASE/step_N/TASK.json: the results that `evaluate --all` made."""
 REQUESTS = 16
 """Under way at a time when the calendar is read."""
 OF_FOLDER = ("format", "model", "config")
@@ -86,8 +89,8 @@ class Calendar:
         waiting = [{"name": name, "step": step, "exported": False} for step, name in self.planned.items()
                    if name not in self._entries]
         entries = sorted([*self._entries.values(), *waiting], key=lambda entry: entry["step"])
-        files.write_json(self.run_dir / "manifest.json",
-                         {"format": FORMAT, "plan_hash": plan_hash, "checkpoints": entries})
+        files.write_json(self.run_dir / MANIFEST, {"format": FORMAT, "plan_hash": plan_hash,
+                                                   "checkpoints": with_evaluations(self.run_dir, entries)})
 
     def missing(self, done: int) -> dict[int, str]:
         """Step to name of what should be there after `done` updates, by manifest.json and a look at each folder.
@@ -99,6 +102,14 @@ class Calendar:
         with ThreadPoolExecutor(REQUESTS) as pool:
             there = pool.map(lambda name: files.exists(self.run_dir / EXPORTS / name / INFO), due.values())
             return {step: name for (step, name), found in zip(due.items(), there, strict=True) if not found}
+
+
+def with_evaluations(run_dir: files.Location, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of manifest.json, each with the tasks of which it has a result."""
+    results = [name.removesuffix(".json").rpartition("/")
+               for name in sorted(files.list_files(files.as_path(run_dir) / EVALUATIONS)) if name.endswith(".json")]
+    return [entry | {"evaluated": [task for checkpoint, _, task in results if checkpoint == entry["name"]]}
+            for entry in entries]
 
 
 def catch_up(calendar: Calendar, done: int, states: RollingStates, abstract: Params, config: Config) -> list[str]:

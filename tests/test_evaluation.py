@@ -23,8 +23,9 @@ from crystal_jax import cli, execute, files, sandbox
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.evaluation import infilling, memorisation
 from crystal_jax.evaluation.subject import open_subject
-from crystal_jax.evaluation.walk import read_results
+from crystal_jax.evaluation.walk import evaluate_all, read_results
 from crystal_jax.history import load_run
+from crystal_jax.run_dir import locked
 from crystal_jax.sampling import Request
 from crystal_jax.scoring import Score
 
@@ -108,6 +109,21 @@ def test_what_is_done_is_passed_over(walked: Path, problems: Path, capsys: pytes
             "--samples=10", *(["--run_untrusted_code"] if HELD else []))
     said = capsys.readouterr()
     assert said.out.startswith("0 results made") and said.err.count("done already") == 5
+
+
+def test_the_manifest_says_what_was_evaluated(walked: Path, run: Path) -> None:
+    def said() -> list[list[str]]:
+        return [entry["evaluated"] for entry in files.read_json(walked / "manifest.json")["checkpoints"]]
+
+    assert said() == [["humaneval", "infilling", "losses", "memorisation-1"]] * 5
+    before = (walked / "manifest.json").read_bytes()
+    (walked / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
+    assert said() == [[]] * 5
+    with locked(files.as_path(walked)):  # as while a process trains there
+        evaluate_all(walked, [], "float32", print)
+    assert said() == [[]] * 5
+    evaluate_all(walked, [], "float32", print)
+    assert (walked / "manifest.json").read_bytes() == before
 
 
 def test_the_table_has_each_checkpoint_and_measurement(walked: Path) -> None:

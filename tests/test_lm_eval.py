@@ -301,6 +301,17 @@ def test_a_named_task(name: str, subject: Subject, task_data: Path, capsys: pyte
     assert limited.settings != task.settings
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("name", lm_tasks.NAMED)
+def test_a_named_task_has_the_numbers_of_lm_evals_own_backend(
+        name: str, subject: Subject, theirs: Any, task_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = lm_tasks.named_task(name, lm_tasks.Settings(str(task_data)))
+    metrics = task.run(subject)
+    monkeypatch.setattr(theirs, "cut", metrics["contexts_cut"], raising=False)  # it doesn't count them
+    monkeypatch.setattr("crystal_jax.evaluation.harness.CrystalLM", lambda *_, **__: theirs)
+    assert task.run(subject) == pytest.approx(metrics, rel=1e-4)
+
+
 # What a user gets wrong
 
 

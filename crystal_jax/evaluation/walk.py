@@ -13,11 +13,11 @@ from typing import Any
 
 from crystal_jax import __version__, files
 from crystal_jax.config import digest
-from crystal_jax.errors import UserError
+from crystal_jax.errors import RestartError, UserError
 from crystal_jax.evaluation.subject import Subject, open_subject
-from crystal_jax.exports import EXPORTS
+from crystal_jax.exports import EVALUATIONS, EXPORTS, MANIFEST, with_evaluations
+from crystal_jax.run_dir import locked
 
-EVALUATIONS = "evaluations"
 TABLE = "table.csv"
 PLACE = ("checkpoint", "phase", "step", "tokens")
 """The table's first columns."""
@@ -48,7 +48,7 @@ def calendar(run_dir: files.Location) -> list[dict[str, Any]]:
     Raises:
       UserError: no run, or none of them yet.
     """
-    path = files.as_path(run_dir) / "manifest.json"
+    path = files.as_path(run_dir) / MANIFEST
     if not files.exists(path):
         raise UserError(f"--all: {path} doesn't exist: the folder is no run with permanent checkpoints; give one")
     entries = [entry for entry in files.read_json(path)["checkpoints"] if entry["exported"]]
@@ -90,7 +90,19 @@ def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Ca
                     say(f"{place}: {task.name}: {shown(result['metrics'])}")
     finally:
         write_table(run_dir)
+        _record(run_dir)
     return made
+
+
+def _record(run_dir: files.Location) -> None:
+    """Says in manifest.json what has been evaluated; a process that trains there does it with its next checkpoint."""
+    path = files.as_path(run_dir) / MANIFEST
+    try:
+        with locked(files.as_path(run_dir)):
+            manifest = files.read_json(path)
+            files.write_json(path, manifest | {"checkpoints": with_evaluations(run_dir, manifest["checkpoints"])})
+    except (UserError, RestartError):
+        pass
 
 
 def _is_there(path: files.Location, expected: str) -> bool:
