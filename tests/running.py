@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,9 +188,17 @@ def _timeless(value: Any) -> Any:
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
-def assert_same(run_dir: Path | str, expected: dict[str, Any]) -> None:
-    """It left what `left_behind` found of an undisturbed run, bit for bit."""
+def lasting(left: dict[str, Any], ends: Sequence[int]) -> dict[str, Any]:
+    """Of states those of phase ends: a run that was stopped kept others, of the steps at which it was saved last."""
+    return {name: value for name, value in left.items()
+            if not name.startswith("checkpoints/") or int(name.split("/")[1]) in ends}
+
+
+def assert_same(run_dir: Path | str, expected: dict[str, Any], ends: Sequence[int] | None = None) -> None:
+    """It left what `left_behind` found of an undisturbed run, bit for bit; with `ends` the `lasting` states only."""
     found = left_behind(run_dir)
+    if ends is not None:
+        found, expected = lasting(found, ends), lasting(expected, ends)
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
     said = [f"{name}: {_short(found[name])}, but {_short(expected[name])} undisturbed" for name in other[:3]]

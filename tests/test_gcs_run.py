@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import Recipe, left_behind, reached, starts
+from running import Recipe, assert_same, reached, starts
 from world import make_config
 
 from crystal_jax import cli, files, objects
@@ -51,15 +51,8 @@ def command(*arguments: object) -> None:
     assert cli.main([str(argument) for argument in arguments]) == 0
 
 
-def lasting(left: dict[str, Any]) -> dict[str, Any]:
-    """Of states those of phase ends: the others are of the steps at which it was saved last."""
-    return {name: value for name, value in left.items() if re.match(r"(?!checkpoints/)|checkpoints/(6|14|18)/", name)}
-
-
 def test_it_left_what_an_undisturbed_local_run_leaves(run: str, undisturbed: dict[str, Any]) -> None:
-    found, expected = lasting(left_behind(run)), lasting(undisturbed)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
+    assert_same(run, undisturbed, (6, 14, 18))
     assert len(starts(run)) == 3 and reached(run) == 18
     names = files.list_files(files.as_path(run))
     assert not [name for name in names if name.startswith((".", "tensorboard"))]
