@@ -162,7 +162,7 @@ def _run(run: Run, kept: _Kept, result: Replay) -> None:
     try:
         for step in range(result.start, end):
             state = run.update(state, step, next(batches), clock)
-            _compare_arrays(run, kept, step + 1, state, compare)
+            _compare_arrays(run, kept, step + 1, state, clock, compare)
         clock.settle()
     except FatalError as error:
         result.stopped = str(error)
@@ -172,16 +172,19 @@ def _run(run: Run, kept: _Kept, result: Replay) -> None:
             compare(done, LINES[kind], values, {})
 
 
-def _compare_arrays(run: Run, kept: _Kept, done: int, state: TrainState, compare: Any) -> None:
+def _compare_arrays(run: Run, kept: _Kept, done: int, state: TrainState, clock: Clock, compare: Any) -> None:
     logged, whole = kept.lines.get(("fingerprint", done)), kept.of_state(done)
+    name = run.permanent.get(done)
+    public = kept.of_export(done, name)
+    if logged or whole or public:
+        clock.settle()  # on CPUs, what the processes exchange for two programs at a time may wait for each other
     if logged or whole:
         found = fingerprint({"params": state.params, "moments": moments(state.opt_state)})
         if logged:
             compare(done, LINES["fingerprint"], logged, {"state": short(found)})
         if whole:
             compare(done, "state", whole, found)
-    name = run.permanent.get(done)
-    if public := kept.of_export(done, name):
+    if public:
         cast = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(kept.dtype)), state.params)
         compare(done, f"export {name}", public, fingerprint(cast))
 

@@ -55,7 +55,8 @@ class Pod:
 
 
 def start_pod(run_dir: Path, logs: Path, arguments: list[str], processes: int, devices: int, *,
-              env: dict[str, str] | None = None, program: dict[int, list[str]] | None = None) -> Pod:
+              env: dict[str, str] | None = None, program: dict[int, list[str]] | None = None,
+              command: str = "train") -> Pod:
     """`processes` of `devices` CPU devices each; `program` replaces `-m crystal_jax` in some of them."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -68,8 +69,8 @@ def start_pod(run_dir: Path, logs: Path, arguments: list[str], processes: int, d
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
             "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index),
             **(env or {})}
-        command = [sys.executable, *(program or {}).get(index, ["-m", "crystal_jax"]), "train",
-                   f"--run_dir={run_dir}", *arguments]
+        words = [sys.executable, *(program or {}).get(index, ["-m", "crystal_jax"]), command,
+                 f"--run_dir={run_dir}", *arguments]
         with open(logs / f"{index}.log", "ab") as log:
-            pod.processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT))
+            pod.processes.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log, cwd=ROOT))
     return pod

@@ -1,6 +1,7 @@
 """Runs of several real processes: the losses of one, one stop for all, and processes that hang."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,49 @@ def test_a_signal_to_either_process_stops_both_at_one_step(two: Path, arguments:
     assert final(run_dir) == final(two)
     assert lines(run_dir, "train") == lines(two, "train")
     assert lines(run_dir, "fingerprint") == lines(two, "fingerprint")
+
+
+@pytest.mark.drill
+def test_a_second_signal_ends_a_process_at_once(two: Path, arguments: list[str], cache: dict[str, str],
+                                                tmp_path: Path) -> None:
+    """The others end too, and the same command goes on, to the same bits."""
+    run_dir = tmp_path / "run"
+    pod = start_pod(run_dir, tmp_path / "logs", arguments, 2, 1, env=cache).wait_for(18)
+    pod.signal(1, signal.SIGTERM)
+    while "SIGTERM: saving" not in pod.said(1):  # two signals that wait together are one
+        time.sleep(0.001)
+    pod.signal(1, signal.SIGTERM)
+    codes = pod.codes()
+    assert codes[1] == 130 and codes[0] != 0, pod.said(0) + pod.said(1)
+    assert start_pod(run_dir, tmp_path / "logs", arguments, 2, 2, env=cache).codes() == [0, 0]
+    assert lines(run_dir, "train").keys() == lines(two, "train").keys()
+    assert sorted(path.parent.name for path in run_dir.glob("exports/*/*/checkpoint.json")) == sorted(
+        path.parent.name for path in two.glob("exports/*/*/checkpoint.json"))
+
+
+@pytest.mark.drill
+def test_two_processes_save_by_the_clock(arguments: list[str], cache: dict[str, str], tmp_path: Path) -> None:
+    often = [*arguments, "--config.checkpoints.every_steps=1000", "--config.checkpoints.every_minutes=0.005",
+             "--config.checkpoints.keep_last=50"]
+    pod = start_pod(tmp_path / "run", tmp_path, often, 2, 2, env=cache)
+    assert pod.codes() == [0, 0], pod.said(0)
+    saved = {path.parent.name for path in tmp_path.glob("run/checkpoints/*/position.json")}
+    assert len(saved - {"6", "46", "50"}) > 1, "states between the ends of phases"
+
+
+@pytest.mark.drill
+def test_two_processes_replay_and_skip(two: Path, arguments: list[str], cache: dict[str, str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two, run_dir)
+    again = start_pod(run_dir, tmp_path / "replay", ["--from=6", "--steps=12"], 2, 2, env=cache, command="replay")
+    assert again.codes() == [0, 0], again.said(0)
+    assert "equal bit for bit: 6 log lines" in again.said(0) and "equal" not in again.said(1)
+    skipping = [*arguments, "--config.data.skip=[[9,3]]", "--amend_from=6"]
+    pod = start_pod(run_dir, tmp_path / "logs", skipping, 2, 2, env=cache)
+    assert pod.codes() == [0, 0], pod.said(0)
+    found, before = lines(run_dir, "train"), lines(two, "train")
+    assert {step for step in found if found[step]["batch_hash"] != before[step]["batch_hash"]} >= {10, 12}
+    assert all(found[step] == before[step] for step in found if step < 9)
 
 
 def mesh_of(processes: list[Any], shape: tuple[int, int, int]) -> Any:
