@@ -138,6 +138,14 @@ def check_layers(weak: bool) -> dict[str, bool]:
     return found
 
 
+def show_layers(weak: bool) -> dict[str, bool]:
+    """As check_layers, and says which they are."""
+    active = check_layers(weak)
+    print("sandbox: " + ", ".join(f"{name} {'on' if there else 'MISSING'}" for name, there in active.items()),
+          file=sys.stderr)
+    return active
+
+
 def run_program(program: str, seconds: float, memory: int, layers: list[str]) -> dict[str, Any]:
     """{"result", "seconds"} of one program in a sandbox: passed, timed out, or failed and why."""
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
@@ -242,9 +250,7 @@ def main(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name}: {value} must be above 0")
-    active = check_layers(args.weak_sandbox)
-    print("sandbox: " + ", ".join(f"{name} {'on' if there else 'MISSING'}" for name, there in active.items()),
-          file=sys.stderr)
+    active = show_layers(args.weak_sandbox)
     samples = Path(args.samples)
     output = Path(args.output or samples.with_name(f"{samples.name.removesuffix('.jsonl')}.results.jsonl"))
     summary = execute(samples, args.problems, output, args.seconds, args.memory_mib << 20, args.workers,

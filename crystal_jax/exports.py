@@ -52,11 +52,11 @@ class Calendar:
         """
         folder = self.run_dir / EXPORTS / name
         if not files.exists(folder / INFO):
-            cast = _cast(params, model, dtype)
-            found = fingerprint(cast)
+            weights = cast(params, model, dtype)
+            found = fingerprint(weights)
             with trees.saving(folder):
-                trees.write(_absolute(folder / WEIGHTS), cast)
-                self._read_back(folder, cast, found)
+                trees.write(_absolute(folder / WEIGHTS), weights)
+                self._read_back(folder, weights, found)
                 if jax.process_index() == 0:
                     files.write_bytes(folder / "tokenizer.json", files.read_bytes(self.run_dir / "tokenizer.json"))
                     files.write_json(folder / INFO, {"format": FORMAT, "model": to_dict(model), **info,
@@ -65,10 +65,10 @@ class Calendar:
             self._entries[name] = _entry(files.read_json(folder / INFO))
             self._write_manifest(info["plan_hash"])
 
-    def _read_back(self, folder: Any, cast: Params, expected: dict[str, str]) -> None:
+    def _read_back(self, folder: Any, weights: Params, expected: dict[str, str]) -> None:
         try:
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-                                    cast)
+                                    weights)
             found = fingerprint(trees.read(_absolute(folder / WEIGHTS), abstract))
             trees.check_fingerprint(str(folder), expected, found)
         except trees.DamageError as error:
@@ -136,16 +136,16 @@ def catch_up(calendar: Calendar, done: int, states: RollingStates, abstract: Par
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
-def _cast(params: Params, model: ModelConfig, dtype: str) -> Params:
+def cast(params: Params, model: ModelConfig, dtype: str) -> Params:
     """In another dtype, and without padding; a dim that the mesh can split with it only is whole then."""
 
-    def cast(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+    def one(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
         leaf = leaf.astype(jnp.dtype(dtype))
         if spec.shape == leaf.shape:
             return leaf
         return unpadded(spec, sharding.lay_stored(leaf, tuple(None if axis in PADDED else axis for axis in spec.axes)))
 
-    return map_specs(cast, Crystal(model).specs(), params)
+    return map_specs(one, Crystal(model).specs(), params)
 
 
 def _entry(info: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ def draw_evaluations(run: Run, results: Sequence[Result]) -> bytes | None:
     panels = panels_of(results)
     if not panels:
         return None
+    others = {result["task"] for result in results if not as_published(result["settings"])}
     rows = -(-len(panels) // 2)
     with rc_context(STYLE):
         figure: Figure = matplotlib.figure.Figure(figsize=(13, 3.6 * rows), layout="constrained")
@@ -75,7 +76,7 @@ def draw_evaluations(run: Run, results: Sequence[Result]) -> bytes | None:
         for axes, (title, lines) in zip(places, panels.items(), strict=False):
             for label, points in lines.items():
                 _line(axes, points, label, _colour(label, len(lines)))
-            _references(axes, title, lines)
+            _references(axes, title, lines, others)
             frame(axes, run, title)
             if len(lines) > 1:
                 axes.legend(loc="best", fontsize=8.5)
@@ -94,13 +95,18 @@ def _colour(label: str, count: int) -> str | None:
     return FAMILIES[domain][1] if domain else INK if count == 1 else None
 
 
-def _references(axes: Axes, title: str, lines: dict[str, Any]) -> None:
-    """Dashed: what published models reach in the same task."""
+def as_published(settings: dict[str, Any]) -> bool:
+    """Whether a task was asked whole and without <s>, as the published values are."""
+    return settings.get("limit") is None and not settings.get("add_bos")
+
+
+def _references(axes: Axes, title: str, lines: dict[str, Any], others: set[str]) -> None:
+    """Dashed: what published models reach in the same task; `others` were asked otherwise."""
     for model, style in zip(PUBLISHED, REFERENCE_STYLES, strict=True):
         for label in lines:
             tasks = {"language": LANGUAGE, "code": CODE}.get(label, (label,))
             value = average(model.scores, tasks)
-            if "(" in title and value is not None:
+            if "(" in title and value is not None and others.isdisjoint(tasks):
                 axes.axhline(value, color=GREY, linewidth=0.9, linestyle=style)
                 which = f" ({label})" if len(lines) > 1 else ""
                 axes.annotate(f"{model.name}{which} {value:.1f}", (0.995, value), xycoords=axes.get_yaxis_transform(),

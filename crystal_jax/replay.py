@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from crystal_jax import files, processes, sharding
 from crystal_jax.config import Config, from_dict
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.errors import FatalError, UserError
-from crystal_jax.exports import EXPORTS, INFO
+from crystal_jax.exports import EXPORTS, INFO, cast
 from crystal_jax.fingerprint import fingerprint, short
 from crystal_jax.goodput import Ledger
 from crystal_jax.history import Line, Record, load_run, read_metrics, read_record
@@ -185,8 +184,7 @@ def _compare_arrays(run: Run, kept: _Kept, done: int, state: TrainState, clock: 
         if whole:
             compare(done, "state", whole, found)
     if public:
-        cast = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(kept.dtype)), state.params)
-        compare(done, f"export {name}", public, fingerprint(cast))
+        compare(done, f"export {name}", public, fingerprint(cast(state.params, run.config.model, kept.dtype)))
 
 
 def _environment(lines: list[Line], start: int, end: int, run: Run) -> list[str]:

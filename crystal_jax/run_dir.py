@@ -93,6 +93,19 @@ def locked(run_dir: epath.Path) -> Iterator[None]:
         yield
 
 
+def is_locked(run_dir: epath.Path) -> bool:
+    """Whether a process seems to train there; on gs:// also one that was killed, until the next takes its place."""
+    path = run_dir / ".lock"
+    if files.is_remote(run_dir) or not files.exists(path):
+        return files.exists(path)
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 DECIDE = ("seed", "dtype", "z_loss", "spike_window", "spike_factor")
 """The fields of config.training that do."""
 

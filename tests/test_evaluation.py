@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from running import copied
 
 from crystal_jax import cli, execute, files, sandbox
-from crystal_jax.data.pipeline import Stores
+from crystal_jax.data.pipeline import Batches, Stores, heldout
 from crystal_jax.evaluation import infilling, memorisation
 from crystal_jax.evaluation.subject import open_subject
 from crystal_jax.evaluation.walk import evaluate_all, read_results
 from crystal_jax.history import load_run
+from crystal_jax.plots_evaluations import draw_evaluations
 from crystal_jax.run_dir import locked
 from crystal_jax.sampling import Request
 from crystal_jax.scoring import Score
@@ -119,7 +121,7 @@ def test_the_manifest_says_what_was_evaluated(walked: Path, run: Path) -> None:
     before = (walked / "manifest.json").read_bytes()
     (walked / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
     assert said() == [[]] * 5
-    with locked(files.as_path(walked)):  # as while a process trains there
+    with locked(files.as_path(walked)):  # as a process that trains there does
         evaluate_all(walked, [], "float32", print)
     assert said() == [[]] * 5
     evaluate_all(walked, [], "float32", print)
@@ -211,6 +213,17 @@ def test_the_report_shows_it(walked: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.drill
+def test_published_values_stand_beside_whole_tasks_only(walked: Path) -> None:
+    run = load_run(walked)
+
+    def drawn(**settings: Any) -> bytes | None:
+        return draw_evaluations(run, [{"task": "hellaswag", "tokens": tokens, "step": tokens, "metrics": {
+            "acc_norm": 0.4}, "settings": settings} for tokens in (100, 200)])
+
+    assert drawn() == drawn(limit=None, add_bos=False) != drawn(limit=5)
+    assert drawn(limit=5) == drawn(add_bos=True) is not None
+
+
 def test_a_run_on_gs(run: Path, gcs, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = copied(run, gcs.folder())
     arguments = ["evaluate", f"--checkpoint={place}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",
@@ -250,6 +263,25 @@ def test_what_a_model_says_itself_is_extractible(run: Path) -> None:
         changed = memorisation.measure(subject, windows)
     assert changed["extractible"] == pytest.approx(1 - 1 / len(kept)) and changed["loss"] > result["loss"]
     assert changed["right_tokens"] == pytest.approx(1 - 1 / windows[:, memorisation.PROMPT_TOKENS:].size)
+
+
+def test_what_was_seen_is_the_batch_that_inspect_shows(run: Path) -> None:
+    """And what wasn't is of the same domains."""
+    config = load_run(run).config
+    known, asked = Batches(config, Stores(config)), {}
+    for step in (1, 6):
+        asked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memorisation, "measure", lambda _, windows: asked.update({len(asked): windows}) or {})
+            subject = SimpleNamespace(info={"step": 6})
+            found = memorisation.memorisation_task(config, str(run), step).run(subject)  # type: ignore[arg-type]
+        batch = known[step - 1]
+        plain = [draw for draw in known.draws(step - 1) if not draw.fim_rate]
+        np.testing.assert_array_equal(asked[0][:, 1:], batch["targets"][[draw.slot for draw in plain]])
+        assert found == {"updates_since": 6.0 - step}
+        domains = Counter(config.sources[draw.source].domain for draw in plain)
+        expected = [windows[: domains[domain]] for domain, windows in heldout(config, Stores(config)).items()]
+        np.testing.assert_array_equal(asked[1], np.concatenate(expected))
 
 
 # Infilling
@@ -299,11 +331,13 @@ def test_mistakes_are_one_line(run: Path, problems: Path, tmp_path: Path,
     assert "the folder is no run with permanent checkpoints" in complaint(
         f"{at}/exports/phase3/step_000002", "--all", "--tasks=losses")
     assert "needs --seen_at_step=STEP" in complaint(at, "--tasks=memorisation")
-    assert "--seen_at_step: 16 must be from 0 to 15" in complaint(at, "--tasks=memorisation", "--seen_at_step=16")
+    assert "--seen_at_step: 17 must be from 1 to 16" in complaint(at, "--tasks=memorisation", "--seen_at_step=17")
     assert "needs --mbpp=FILE" in complaint(at, "--tasks=losses,mbpp")
     assert "its columns are those of humaneval, not of mbpp" in complaint(at, "--tasks=mbpp", f"--mbpp={problems}")
     assert f"{tmp_path}/tokenizer.json: No such file" in complaint(at, "--tasks=losses", f"--data_root={tmp_path}")
     assert "plan.json" in complaint(f"{at}/exports/phase3/step_000002", "--tasks=memorisation", "--seen_at_step=1")
+    assert "losses is the name of a task that is known" in complaint(at, f"--tasks={tmp_path}/losses.yaml")
+    assert "losses is named twice" in complaint(at, "--tasks=losses,losses")
     (tmp_path / "bad.jsonl").write_text("{\n")
     assert "line 1 is no JSON" in complaint(at, "--tasks=humaneval", f"--humaneval={tmp_path / 'bad.jsonl'}")
     assert "--samples: 0 must be above 0" in complaint(at, "--tasks=losses", "--samples=0")

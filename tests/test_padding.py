@@ -67,6 +67,11 @@ def test_a_padded_state_is_exported_and_continued(runs: tuple[Path, Path], confi
     assert losses(tmp_path / "next")[2] < losses(whole)[2]
 
 
+def test_it_is_replayed_to_the_bits_of_its_exports(runs: tuple[Path, Path], run_cli: Callable[..., Any]) -> None:
+    done = run_cli("replay", f"--run_dir={runs[1]}", "--from=6", "--steps=8", env=FOUR)
+    assert done.returncode == 0 and "2 exports" in done.stdout, done.stdout + done.stderr
+
+
 def test_another_padding_is_refused_in_one_line(runs: tuple[Path, Path], config: Path,
                                                 run_cli: Callable[..., Any]) -> None:
     _, padded = runs

@@ -14,7 +14,7 @@ from crystal_jax import files
 from crystal_jax.errors import UserError
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
-from crystal_jax.execute import Problem, check_layers, execute, format_of, read_problems
+from crystal_jax.execute import Problem, execute, format_of, read_problems, show_layers
 from crystal_jax.sampling import Request, key_of, sample_texts
 
 TOP_P = 0.95
@@ -68,7 +68,7 @@ def code_task(name: str, settings: Settings) -> Task:
         if (found := format_of(problem, f"--problems={settings.problems}")) != name:
             raise UserError(f"--problems={settings.problems}: its columns are those of {found}, not of {name}")
     if settings.run:
-        check_layers(weak=False)
+        show_layers(weak=False)
     benchmark = BENCHMARKS[name]
 
     def run(subject: Subject) -> dict[str, float]:

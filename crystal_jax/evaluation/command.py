@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from crystal_jax import files
 from crystal_jax.checkpoint import outline
@@ -97,8 +99,14 @@ def choose(args: argparse.Namespace) -> list[Task]:
     for name in names:
         if name not in TASKS and not name.endswith((".yaml", ".yml")):
             raise UserError(f"--tasks: no task {name!r}{nearest(name, [*TASKS, *SUITES])}")
-    return [TASKS[name](name, args) if name in TASKS else lm_tasks.file_task(name, _lm_settings(args))
-            for name in names]
+        if name not in TASKS and Path(name).stem in TASKS:
+            raise UserError(f"--tasks={name}: {Path(name).stem} is the name of a task that is known; rename the file")
+    tasks = [TASKS[name](name, args) if name in TASKS else lm_tasks.file_task(name, _lm_settings(args))
+             for name in names]
+    twice = [task for task, count in Counter(task.name for task in tasks).items() if count > 1]
+    if twice:
+        raise UserError(f"--tasks: {twice[0]} is named twice; results have the name of their task")
+    return tasks
 
 
 def main(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ A sequence is k-extractible if its first k tokens, as a prompt, make greedy deco
 `inspect` has them; unseen ones are held-out windows of the same domains. Rows with fill-in-the-middle are left out.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from crystal_jax import files
@@ -32,17 +34,21 @@ def memorisation_task(config: Config, run_dir: str, step: int, rows: int = 128) 
                         f"{PROMPT_TOKENS} + {CONTINUED_TOKENS}")
     stores = Stores(config)
     batches = Batches(config, stores, eras=read_record(files.as_path(run_dir)).eras)
-    if not 0 <= step < len(batches):
-        raise UserError(f"--seen_at_step: {step} must be from 0 to {len(batches) - 1}")
-    plain = [draw.slot for draw in batches.draws(step) if not draw.fim_rate][:rows]
+    if not 1 <= step <= len(batches):
+        raise UserError(f"--seen_at_step: {step} must be from 1 to {len(batches)}")
+    draws = [draw for draw in batches.draws(step - 1) if not draw.fim_rate][:rows]
+    plain = [draw.slot for draw in draws]
     if not plain:
         raise UserError(f"--seen_at_step: step {step} has no row without fill-in-the-middle; take another")
-    batch = batches[step]
+    batch = batches[step - 1]
     seen = np.concatenate([batch["inputs"][plain, :1], batch["targets"][plain]], axis=1)
-    held_out = heldout(config, stores)
-    if not held_out:
-        raise UserError("--tasks=memorisation: the run's stores have nothing held out; prepare them with --heldout")
-    unseen = np.concatenate([windows[: len(plain)] for windows in held_out.values()])
+    # As many of each domain as were seen, as far as there are.
+    domains = Counter(config.sources[draw.source].domain for draw in draws)
+    parts = [windows[: domains[domain]] for domain, windows in heldout(config, stores).items() if domains[domain]]
+    if not parts:
+        raise UserError(f"--tasks=memorisation: the run's stores have nothing held out of {' and '.join(domains)}; "
+                        "prepare them with --heldout")
+    unseen = np.concatenate(parts)
 
     def run(subject: Subject) -> dict[str, float]:
         found: dict[str, float] = {}

@@ -13,10 +13,10 @@ from typing import Any
 
 from crystal_jax import __version__, files
 from crystal_jax.config import digest
-from crystal_jax.errors import RestartError, UserError
+from crystal_jax.errors import UserError
 from crystal_jax.evaluation.subject import Subject, open_subject
 from crystal_jax.exports import EVALUATIONS, EXPORTS, MANIFEST, with_evaluations
-from crystal_jax.run_dir import locked
+from crystal_jax.run_dir import is_locked
 
 TABLE = "table.csv"
 PLACE = ("checkpoint", "phase", "step", "tokens")
@@ -97,12 +97,9 @@ def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Ca
 def _record(run_dir: files.Location) -> None:
     """Says in manifest.json what has been evaluated; a process that trains there does it with its next checkpoint."""
     path = files.as_path(run_dir) / MANIFEST
-    try:
-        with locked(files.as_path(run_dir)):
-            manifest = files.read_json(path)
-            files.write_json(path, manifest | {"checkpoints": with_evaluations(run_dir, manifest["checkpoints"])})
-    except (UserError, RestartError):
-        pass
+    if not is_locked(path.parent):
+        manifest = files.read_json(path)
+        files.write_json(path, manifest | {"checkpoints": with_evaluations(run_dir, manifest["checkpoints"])})
 
 
 def _is_there(path: files.Location, expected: str) -> bool:
