@@ -50,7 +50,8 @@ class Trainer:
         self.specs = self.model.specs()
         self.optimizer = make_optimizer(config.optimizer, model, self.specs)
         self.train_step = make_train_step(self.model, self.optimizer, len(config.sources))
-        self.evaluator = HeldOut(self.model, heldout(config, stores), config.phases[0].global_batch_size, self.mesh)
+        self.evaluator = HeldOut(self.model, heldout(config, stores), config.phases[0].global_batch_size, self.mesh,
+                                 stores.tokenizer.byte_lengths)
 
     def loss(self, rate: float, seed: int) -> float:
         """Held-out at the end, in nats; the seed is that of the initial values."""

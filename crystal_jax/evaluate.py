@@ -1,5 +1,6 @@
 """Held-out loss per domain, on fixed windows, with the loss that any model of unigrams can't beat beside it."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +16,15 @@ Documents = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class HeldOut:
-    """Call it with parameters for {"heldout": {domain: {loss, tokens, unigram_entropy}}, "seconds"}, in nats.
+    """Call it with parameters for {"heldout": {domain: measures(...) | {unigram_entropy}}, "seconds"}.
 
     With a document mask `documents` gives (segment_ids, positions) of inputs; without it a window is one document.
     """
 
     def __init__(self, model: Crystal, windows: dict[str, np.ndarray], batch_size: int, mesh: Mesh,
-                 documents: Documents | None = None):
+                 byte_lengths_V: np.ndarray, documents: Documents | None = None):
         self.windows, self.batch_size, self.mesh, self.documents = windows, batch_size, mesh, documents
+        self.byte_lengths_V = byte_lengths_V
         self.entropy = {domain: unigram_entropy(rows[:, 1:]) for domain, rows in windows.items()}
 
         @jax.jit
@@ -35,13 +37,13 @@ class HeldOut:
     def __call__(self, params: Params) -> dict[str, Any]:
         began = time.perf_counter()
         result = {
-            domain: {"loss": self._loss(params, rows), "tokens": int(rows[:, 1:].size),
+            domain: {**measures(self._nats(params, rows), rows[:, 1:], self.byte_lengths_V),
                      "unigram_entropy": self.entropy[domain]}
             for domain, rows in self.windows.items()
         }
         return {"heldout": result, "seconds": time.perf_counter() - began}
 
-    def _loss(self, params: Params, rows: np.ndarray) -> float:
+    def _nats(self, params: Params, rows: np.ndarray) -> float:
         total, slots = 0.0, sharding.Part.of(self.mesh).slots(self.batch_size)
         for first in range(0, len(rows), self.batch_size):
             chosen = rows[first : first + self.batch_size]
@@ -54,7 +56,17 @@ class HeldOut:
                 batch["segment_ids"], batch["positions"] = self.documents(batch["inputs"])
             mine = {name: values[slots] for name, values in batch.items()}
             total += float(self._nll(params, sharding.put_batch(self.mesh, mine))) * mask.size
-        return total / rows[:, 1:].size
+        return total
+
+
+def measures(nats: float, targets: np.ndarray, byte_lengths_V: np.ndarray) -> dict[str, Any]:
+    """Loss in nats per token, perplexity, bits per byte of text and the number of tokens, for the sum over targets.
+
+    byte_lengths_V: Tokenizer.byte_lengths. A special token has no bytes, and its loss counts.
+    """
+    loss = nats / targets.size
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": nats / math.log(2) / int(byte_lengths_V[targets].sum()), "tokens": int(targets.size)}
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:

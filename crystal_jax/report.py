@@ -161,17 +161,13 @@ def _heldout_table(run: Run) -> str:
         for domain, row in sorted(line["heldout"].items(), reverse=True):
             gain = row["unigram_entropy"] - row["loss"]
             rows.append((phase, f"{line['step']:,}", domain, f"{row['tokens']:,}", f"{row['loss']:.4f}",
-                         f"{row['unigram_entropy']:.4f}", f"{gain:+.4f}", _perplexity(row["loss"]),
-                         _perplexity(row["unigram_entropy"])))
+                         f"{row['unigram_entropy']:.4f}", f"{gain:+.4f}", f"{row['perplexity']:,.1f}",
+                         f"{math.exp(row['unigram_entropy']):,.1f}", f"{row['bits_per_byte']:.4f}"))
     if not rows:
         return note("No evaluation has been logged yet.")
     columns = ("last evaluation in", "#step", "held out", "#tokens", "#loss (nats)", "#unigram entropy", "#gained",
-               "#perplexity", "#of unigrams")
+               "#perplexity", "#of unigrams", "#bits per byte")
     return table(columns, rows)
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(min(loss, 700)):,.1f}"
 
 
 def _mixture_table(run: Run) -> str:

@@ -60,7 +60,8 @@ def train(config: Config, run_dir: str | Path, init_from: str | Path | None = No
             windows = heldout(config, run.stores)
             ids = run.stores.tokenizer
             documents = partial(segments, bos_id=ids.bos_id, eos_id=ids.eos_id) if config.data.document_mask else None
-            evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh, documents)
+            evaluator = HeldOut(run.model, windows, config.phases[0].global_batch_size, run.mesh, ids.byte_lengths,
+                                documents)
             return run.loop(state, start, standing, evaluator, signals, watchdog)
 
 

@@ -14,7 +14,7 @@ from crystal_jax.convert.made import Options
 
 INFO = {"name": "phase2/step_000120", "phase": "phase2", "phase_step": 120, "step": 320, "tokens": 655_360,
         "tokens_per_source": {"text": 229_376, "code": 425_984}, "lr": 0.0042, "plan_hash": "abc123",
-        "heldout": {"code": {"loss": 3.62390801, "tokens": 16384, "unigram_entropy": 5.7}},
+        "heldout": {"code": {"loss": 3.62390801, "bits_per_byte": 1.60901, "tokens": 16384, "unigram_entropy": 5.7}},
         "config": {"phases": [{"name": "phase1", "mix": {"text": 1.0}},
                               {"name": "phase2", "mix": {"text": 0.35, "code": 0.65}}]}}
 
@@ -26,7 +26,7 @@ def test_a_card_says_what_is_known(form: str, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "README.md").read_text()
     for part in ("# phase2/step_000120", "| Phase | phase2 |", "| Step of the run | 320 |", "| Tokens | 655,360 |",
                  "| Tokens of code | 425,984 |", "| Data of the phase | text 0.35, code 0.65 |",
-                 "| code | 3.62391 | 16,384 |", "crystal-jax convert it", "names no tokenizer"):
+                 "| code | 3.62391 | 1.60901 | 16,384 |", "crystal-jax convert it", "names no tokenizer"):
         assert part in text, part
     assert "None" not in text and "{" not in text
     assert ("trust_remote_code=True" in text) == (form in ("crystal", "llm360"))

@@ -199,11 +199,11 @@ def test_held_out_windows_are_split_into_documents(packed: Packed) -> None:
     windows = np.concatenate([packed.batch["inputs"], packed.batch["targets"][:, -1:]], axis=1)
     assert len(windows) % 4, "the last batch is filled up"
     documents = functools.partial(segments, bos_id=BOS, eos_id=EOS)
-    model = Crystal(MODEL)
+    model, lengths = Crystal(MODEL), np.ones(MODEL.vocab_size, int)
     with jax.set_mesh(mesh):
         params = init_params(model.specs(), 1, mesh)
-        masked = HeldOut(model, {"code": windows}, 4, mesh, documents)(params)["heldout"]["code"]
-        plain = HeldOut(model, {"code": windows}, 4, mesh)(params)["heldout"]["code"]
+        masked = HeldOut(model, {"code": windows}, 4, mesh, lengths, documents)(params)["heldout"]["code"]
+        plain = HeldOut(model, {"code": windows}, 4, mesh, lengths)(params)["heldout"]["code"]
     alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
     whole = {**packed.batch, "mask": np.ones(packed.batch["mask"].shape, np.float32)}
     (expected, nll), _ = value_and_grads()(alone, whole)

@@ -17,14 +17,17 @@ MODEL = ModelConfig(vocab_size=32, embed_dim=16, num_layers=1, num_heads=2, mlp_
 def test_the_loss_is_the_mean_over_all_windows_whatever_the_batch(rows: int) -> None:
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=1, tensor=1), jax.devices()[:4])
     windows = np.random.default_rng(rows).integers(0, 32, (rows, 9)).astype(np.int32)
-    model = Crystal(MODEL)
+    model, lengths = Crystal(MODEL), np.arange(32) % 5
     with jax.set_mesh(mesh):
         params = init_params(model.specs(), 1, mesh)
-        found = HeldOut(model, {"code": windows}, 4, mesh)(params)
+        found = HeldOut(model, {"code": windows}, 4, mesh, lengths)(params)
     alone = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
     loss, _ = Crystal(MODEL).bind(alone).loss(windows[:, :-1], windows[:, 1:], jnp.ones((rows, 8)))
     values = found["heldout"]["code"]
     assert values["loss"] == pytest.approx(float(loss), rel=1e-5) and values["tokens"] == rows * 8
+    assert values["perplexity"] == pytest.approx(np.exp(float(loss)), rel=1e-5)
+    written = sum(int(token) % 5 for token in windows[:, 1:].flat)
+    assert values["bits_per_byte"] == pytest.approx(float(loss) * rows * 8 / np.log(2) / written, rel=1e-5)
     assert found["seconds"] > 0
 
 

@@ -16,6 +16,7 @@ from crystal_jax import report
 from crystal_jax.config import Config, to_dict
 from crystal_jax.data.schedule import Interleave
 from crystal_jax.errors import UserError
+from crystal_jax.evaluate import measures
 from crystal_jax.history import load_run
 from crystal_jax.phases import Plan, make_plan
 from crystal_jax.plots import FAMILIES, draw_all, source_colours
@@ -70,7 +71,7 @@ def metrics(config: Config, last: int | None = None, every: int = 10, eval_every
                           "step_seconds": 0.66, "skipped": 0, "time": START["time"] + 0.7 * step})
             before = given
         if step % eval_every == 0 or step in ends:
-            heldout = {domain: {"loss": loss_at(domain, done, code, 0.06), "tokens": 16384,
+            heldout = {domain: {**measures(16384 * loss_at(domain, done, code, 0.06), np.zeros(16384, int), np.array([3])),
                                 "unigram_entropy": entropy} for domain, entropy in UNIGRAM.items()}
             lines.append({"kind": "eval", **where, "heldout": heldout, "seconds": 2.0, "time": START["time"]})
         if step in plan.calendar():
@@ -189,7 +190,7 @@ def test_heldout_losses_stand_beside_the_unigram_entropy(page: Page, finished: P
     for row in rows:
         loss, entropy = last[row[2]]["loss"], UNIGRAM[row[2]]
         assert row[3:] == ["16,384", f"{loss:.4f}", f"{entropy:.4f}", f"{entropy - loss:+.4f}", f"{math.exp(loss):.1f}",
-                           f"{math.exp(entropy):.1f}"]
+                           f"{math.exp(entropy):.1f}", f"{loss / math.log(2) / 3:.4f}"]
 
 
 def test_a_finished_run_has_read_the_recipe_exactly(page: Page, finished: Path) -> None:

@@ -140,8 +140,9 @@ def card(weights: Weights, made: Made, dtype: str, command: str, note: str) -> s
         _table(("", ""), record) if record else "The checkpoint has no record of its training.",
         f"Made with:\n\n```\n{command}\n```" if command else "",
         "## Evaluation",
-        _table(("Held-out text", "Loss in nats per token", "Tokens"),
-               [(domain, _shown(found["loss"]), _shown(found["tokens"])) for domain, found in heldout.items()])
+        _table(("Held-out text", "Loss in nats per token", "Bits per byte", "Tokens"),
+               [(domain, *(_shown(found[name]) for name in ("loss", "bits_per_byte", "tokens")))
+                for domain, found in heldout.items()])
         if heldout else "The checkpoint has no evaluation of this step on record.",
         "## Loading",
         USAGE[made.form],

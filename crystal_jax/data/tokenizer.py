@@ -159,6 +159,11 @@ class Tokenizer:
         return self._pieces[token] if token < self.vocab_size else b""
 
     @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Of each token's piece_bytes, [vocab_size]."""
+        return np.array([len(self.piece_bytes(token)) for token in range(self.vocab_size)])
+
+    @functools.cached_property
     def _prompt(self) -> tokenizers.Tokenizer:
         engine = _make_engine(self.json)
         engine.encode_special_tokens = False

@@ -9,6 +9,7 @@ from crystal_jax.config import Config
 from crystal_jax.data.pipeline import Stores, heldout
 from crystal_jax.data.rows import segments
 from crystal_jax.data.tokenizer import Tokenizer
+from crystal_jax.evaluate import measures
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
 from crystal_jax.scoring import Query, Scorer
@@ -36,16 +37,9 @@ def losses_task(config: Config) -> Task:
 
 
 def measure(scorer: Scorer, rows_NT: np.ndarray, tokenizer: Tokenizer, document_mask: bool) -> dict[str, float]:
-    """Loss in nats per token, perplexity, bits per byte of text and the number of tokens, for windows [N, T + 1].
-
-    A special token has no bytes, and its loss counts.
-    """
+    """evaluate.measures of windows [N, T + 1]."""
     total = -math.fsum(score.logprob for score in scorer(_queries(rows_NT, tokenizer, document_mask), progress=True))
-    targets = rows_NT[:, 1:]
-    lengths = np.array([len(tokenizer.piece_bytes(token)) for token in range(int(targets.max()) + 1)])
-    loss = total / targets.size
-    return {"loss": loss, "perplexity": math.exp(loss),
-            "bits_per_byte": total / math.log(2) / int(lengths[targets].sum()), "tokens": float(targets.size)}
+    return measures(total, rows_NT[:, 1:], tokenizer.byte_lengths)
 
 
 def _queries(rows_NT: np.ndarray, tokenizer: Tokenizer, document_mask: bool) -> list[Query]:
