@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,11 +23,13 @@ from running import copied
 
 from crystal_jax import cli, execute, files, sandbox
 from crystal_jax.data.pipeline import Batches, Stores, heldout
-from crystal_jax.evaluation import infilling, memorisation
-from crystal_jax.evaluation.subject import open_subject
-from crystal_jax.evaluation.walk import evaluate_all, read_results
+from crystal_jax.errors import UserError
+from crystal_jax.evaluation import infilling, memorisation, walk
+from crystal_jax.evaluation.subject import Subject, open_subject
+from crystal_jax.evaluation.walk import Task, evaluate_all, read_results
 from crystal_jax.history import load_run
-from crystal_jax.plots_evaluations import draw_evaluations
+from crystal_jax.plots_evaluations import draw_evaluations, panels_of
+from crystal_jax.published import HEADLINE
 from crystal_jax.run_dir import locked
 from crystal_jax.sampling import Request
 from crystal_jax.scoring import Score
@@ -126,6 +129,42 @@ def test_the_manifest_says_what_was_evaluated(walked: Path, run: Path) -> None:
     assert said() == [[]] * 5
     evaluate_all(walked, [], "float32", print)
     assert (walked / "manifest.json").read_bytes() == before
+
+
+def test_a_task_that_fails_leaves_what_was_made(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+
+    def fails(subject: Subject) -> dict[str, float]:
+        if subject.info["step"] == 11:
+            raise UserError("its file is gone")
+        return {"acc": 0.5}
+
+    tasks = [Task("works", lambda subject: {"acc": subject.info["step"] / 100}, {}), Task("fails", fails, {})]
+    with pytest.raises(UserError, match="its file is gone"):
+        evaluate_all(place, tasks, "float32", print)
+    assert [(row["checkpoint"], row["works.acc"], row["fails.acc"]) for row in table(place)] == [
+        (CHECKPOINTS[0], "0.03", "0.5"), (CHECKPOINTS[1], "0.06", "0.5"), (CHECKPOINTS[2], "0.11", "")]
+    entries = files.read_json(place / "manifest.json")["checkpoints"]
+    assert [entry["evaluated"] for entry in entries] == [["fails", "works"]] * 2 + [["works"], [], []]
+
+    with monkeypatch.context() as broken:
+        broken.setattr(walk, "write_table", Mock(side_effect=UserError("the disk is full")))
+        with pytest.raises(UserError, match="its file is gone"):
+            evaluate_all(place, tasks, "float32", print)
+    assert evaluate_all(place, tasks[:1], "float32", print) == 2, "the same command goes on"
+
+
+def test_averages_are_of_whole_sides() -> None:
+    """A point where every task of a side has a value, at that number of tokens; in percent."""
+    values = {"arc_challenge": {10: 0.2, 20: 0.3}, "hellaswag": {10: 0.4, 20: 0.5}, "mmlu": {10: 0.6, 20: 0.7},
+              "truthfulqa": {20: 0.9}, "humaneval": {10: 0.1, 20: 0.3}, "mbpp": {10: 0.3}}
+    results = [{"task": task, "tokens": tokens, "metrics": {HEADLINE[task]: value}, "settings": {}}
+               for task, points in values.items() for tokens, value in points.items()]
+    panels = panels_of(results)
+    assert panels["Language and code averages (%)"] == {"language": [(20, pytest.approx(60))],
+                                                        "code": [(10, pytest.approx(20))]}
+    assert panels[f"mbpp ({HEADLINE['mbpp']}, %)"] == {"mbpp": [(10, pytest.approx(30))]}
 
 
 def test_the_table_has_each_checkpoint_and_measurement(walked: Path) -> None:

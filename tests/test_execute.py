@@ -100,6 +100,35 @@ def test_an_attack_is_held(name: str, tmp_path: Path) -> None:
     assert precious.read_text() == "still here"
 
 
+FORKS = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import sandbox
+if os.getuid() == 0:  # whom the kernel doesn't hold to the limit
+    os.setgid(65534)
+    os.setuid(65534)
+sandbox.limit({{"seconds": 20, "memory": 1 << 30}})
+made, end = 0, os.pipe()
+try:
+    while made < 1000:
+        if os.fork() == 0:
+            os.close(end[1])
+            os.read(end[0], 1)  # until the parent ends
+            os._exit(0)
+        made += 1
+except BlockingIOError:
+    print(made)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_NPROC counts as Linux does")
+def test_processes_are_limited_without_seccomp_too() -> None:
+    program = FORKS.format(folder=str(Path(sandbox.__file__).parent))
+    result = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert 1 <= int(result.stdout) <= sandbox.MAX_PROCESSES + 8, "others of this user may end meanwhile"
+
+
 @needs_sandbox
 @pytest.mark.parametrize("program", [
     "x = 1", "open('a', 'w').write('x'); assert open('a').read() == 'x'", "import tempfile; tempfile.TemporaryFile()",

@@ -71,8 +71,9 @@ def metrics(config: Config, last: int | None = None, every: int = 10, eval_every
                           "step_seconds": 0.66, "skipped": 0, "time": START["time"] + 0.7 * step})
             before = given
         if step % eval_every == 0 or step in ends:
-            heldout = {domain: {**measures(16384 * loss_at(domain, done, code, 0.06), np.zeros(16384, int), np.array([3])),
-                                "unigram_entropy": entropy} for domain, entropy in UNIGRAM.items()}
+            heldout = {domain: {**measures(16384 * loss_at(domain, done, code, 0.06), np.zeros(16384, int),
+                                           np.array([3])), "unigram_entropy": entropy}
+                       for domain, entropy in UNIGRAM.items()}
             lines.append({"kind": "eval", **where, "heldout": heldout, "seconds": 2.0, "time": START["time"]})
         if step in plan.calendar():
             lines.append({"kind": "checkpoint", "step": step, "name": plan.calendar()[step], "time": START["time"]})

@@ -5,6 +5,7 @@ was made with the same settings by the checkpoint that it names, so that a walk 
 machine's, is gone on with by doing what isn't there.
 """
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping
@@ -88,10 +89,17 @@ def evaluate_all(run_dir: files.Location, tasks: list[Task], dtype: str, say: Ca
                     files.write_json(folder / name / task.file, result)
                     made += 1
                     say(f"{place}: {task.name}: {shown(result['metrics'])}")
-    finally:
-        write_table(run_dir)
-        _record(run_dir)
+    except BaseException:
+        with contextlib.suppress(UserError):  # what went wrong first is what matters
+            _sum_up(run_dir)
+        raise
+    _sum_up(run_dir)
     return made
+
+
+def _sum_up(run_dir: files.Location) -> None:
+    write_table(run_dir)
+    _record(run_dir)
 
 
 def _record(run_dir: files.Location) -> None:
