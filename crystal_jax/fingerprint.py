@@ -97,7 +97,8 @@ def dispatch(tree: Any) -> Sums:
     kinds = [(leaf.sharding.mesh, leaf.sharding.spec, leaf.shape) for _, leaf in found]
     arrays = tuple(_program(mesh, spec)(leaf) for (_, leaf), (mesh, spec, _) in zip(found, kinds, strict=True))
     if jax.process_count() > 1:  # so that each process can read all of it; in one exchange for all leaves
-        arrays = _everywhere(arrays)
+        # Waited for: on CPUs it and an exchange of the next step could each wait for the other's processes.
+        arrays = jax.block_until_ready(_everywhere(arrays))
     return Sums(arrays, tuple(dotted(path) for path, _ in found), tuple(_owners(*kind) for kind in kinds),
                 tuple(kinds[0][0].devices.flat))
 

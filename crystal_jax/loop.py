@@ -295,8 +295,8 @@ class Run:
                 f"{domain} {values['loss']:.3f}" for domain, values in found["heldout"].items()))
         with self.ledger.doing("saving"):
             tree = {"params": state.params, "moments": moments(state.opt_state)}
-            sums = dispatch(tree) if roll or stamp else None
-            if sums and stamp:
+            sums = dispatch(tree) if stamp else None
+            if sums:
                 self.log.write("fingerprint", done, state=short(sums.leaves()))
             if done in self.permanent:
                 self.calendar.write(self.permanent[done], state.params, self.config.model,

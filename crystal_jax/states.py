@@ -122,9 +122,9 @@ class RollingStates:
         if files.exists(self.folder / str(step) / POSITION):
             return
         self._began, self._step = time.monotonic(), step
-        sums = sums or dispatch(state)
         with trees.saving(self.folder):
             self._writer.start(self.folder / str(step), state)
+        sums = sums or dispatch(state)  # behind the start, whose threads it would keep from the cores of a host
         self._thread = threading.Thread(target=self._finish, args=(step, position, sums), name="save")
         self._thread.start()
 

@@ -20,12 +20,12 @@ from tpu.cloud import Answer
 from tpu.preflight import BAD, DOUBTFUL, GOOD, Job
 
 ACCOUNT = "crystal-trainer@my-project.iam.gserviceaccount.com"
-MESH = ["--config.training.mesh.fsdp=16", "--config.data.root=gs://my-bucket/data"]
+DATA = "--config.data.root=gs://my-bucket/data"
 
 
 def make_job(kind: str = "v5p-128", *overrides: str, capacity: str = "spot") -> Job:
     return Job("my-project", "us-east5-a", "my-bucket", "crystal-7b", find_slice(kind), 1, capacity, ACCOUNT, "crystal",
-               load_config("configs/crystal_7b.py", [*MESH, *overrides]))
+               load_config("configs/crystal_7b.py", [DATA, *overrides]))
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_memory_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def compile_plan(config: Config, piece: Slice, slices: int) -> dict:
         asked.append((config.training.mesh.slice, piece.chips, slices))
-        return planned(11.1, True) if config.training.mesh.fsdp == 16 else planned(120.0, False)
+        return planned(11.1, True) if config.training.mesh.fsdp == -1 else planned(120.0, False)
 
     monkeypatch.setattr(preflight, "compile_plan", compile_plan)
     (level, text), = preflight.check_fit(make_job())
@@ -120,7 +120,7 @@ def test_each_zone_is_checked(answers: dict[str, Answer], capsys: pytest.Capture
     answers["compute tpus accelerator-types list --zone=us-east5-a"] = said("v5p-128\n")
     code = preflight.main(["--project=p", "--zones=us-east5-a,europe-west4-b", "--bucket=my-bucket", "--run=r",
                            "--type=v5p-128", "--slices=1", "--capacity=spot", f"--service-account={ACCOUNT}",
-                           "--subnetwork=crystal", "--", "--config=configs/crystal_7b.py", *MESH])
+                           "--subnetwork=crystal", "--", "--config=configs/crystal_7b.py", DATA])
     lines = [line for line in capsys.readouterr().out.splitlines() if " type " in line]
     assert code == 1
     assert [line.split()[0] for line in lines] == [GOOD, BAD] and "europe-west4-b" in lines[1]

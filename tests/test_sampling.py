@@ -103,6 +103,21 @@ def test_devices_change_nothing_beyond_rounding(params: Params, together: dict[i
         assert dict(Sampler(CRYSTAL, placed, EOS, slots=3)(requests(12))) == {n: together[n] for n in range(12)}
 
 
+def test_shared_keys_and_values_on_several_devices() -> None:
+    """Fewer heads of keys than devices to split the queries' over: they are whole on each."""
+    model = Crystal(ModelConfig(family="llama", vocab_size=400, embed_dim=32, num_layers=2, num_heads=4,
+                                num_kv_heads=2, mlp_dim=24, max_length=2 * BUCKET + 12, rotary_dim=8,
+                                mup_base_width=32, embed_scale=1.0, output_scale=1.0))
+    params = jax.tree.map(jnp.asarray, oracle.random_params(model.specs(), std=0.8))
+    alone = dict(Sampler(model, params, EOS, slots=2)(requests(4)))
+    assert len({tuple(ids) for ids in alone.values()}) == 4
+    devices = sharding.make_mesh(MeshConfig(data=2, tensor=4))
+    with jax.set_mesh(devices):
+        placed = map_specs(lambda spec, leaf: jax.device_put(np.asarray(leaf), sharding.named(devices, spec.axes)),
+                           model.specs(), params)
+        assert dict(Sampler(model, placed, EOS, slots=2)(requests(4))) == alone
+
+
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=9))
 def test_every_request_ends_once_and_in_time(sampler: Sampler, drawn: list[tuple[int, int, int]]) -> None:
