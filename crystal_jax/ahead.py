@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,13 +70,13 @@ def compile_step(config: Config, piece: Slice, slices: int = 1, flags: dict[str,
                "topology": f"{piece.generation.name}:{'x'.join(map(str, piece.topology))}"}
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         with open(folder / "log", "wb") as log:
-            child = subprocess.Popen([sys.executable, "-m", "crystal_jax.ahead", name], stdin=subprocess.DEVNULL,
+            child = subprocess.Popen([sys.executable, "-m", "crystal_jax.ahead", name], stdin=subprocess.PIPE,
                                      stdout=log, stderr=log, env=_environment())
             try:
                 _wait(child, folder, machine_code, lambda: note(time.monotonic() - began))
             finally:
                 child.kill()
-                child.wait()
+                child.communicate()
         return _read(folder, child.returncode, time.monotonic() - began)
 
 
@@ -126,6 +127,7 @@ def main(argv: list[str]) -> int:
     from crystal_jax import sharding
     from crystal_jax.update import lower_step
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(argv[0])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = from_dict(Config, job["config"])
@@ -158,6 +160,12 @@ def main(argv: list[str]) -> int:
         said["mistake"] = str(error)
     _write(folder, said)
     return 0
+
+
+def _end_with_parent() -> None:
+    """Whose end closes the pipe, however it came about: an orphan would compile on for minutes."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _write(folder: Path, said: dict[str, Any]) -> None:

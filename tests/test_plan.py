@@ -3,8 +3,10 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,30 @@ def compiled() -> Compiled:
     if not is_installed():
         pytest.skip(MISSING)
     return compile_step(small(), find_slice(SLICE), machine_code=False)
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the compiler's process in /proc")
+def test_the_compiler_ends_with_a_plan_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "crystal_jax", "plan", "--config=configs/crystal_tiny.py", *SMALL,
+               f"--topology={SLICE}"]
+
+    def is_compiler(path: Path) -> bool:
+        try:
+            return str(folder) in path.read_text()
+        except OSError:  # it has ended
+            return False
+
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL) as process:
+        while not (found := list(tmp_path.glob("*/dump/*.jit_train_step.*"))) and process.poll() is None:
+            time.sleep(0.1)
+        folder = found[0].parents[1]
+        child, = filter(is_compiler, Path("/proc").glob("[0-9]*/cmdline"))
+        process.kill()
+    while is_compiler(child):
+        time.sleep(0.1)
+    assert "code_bytes" not in json.loads((folder / "said.json").read_text()), "cut off before it was done"
 
 
 def test_flops_are_those_of_the_model(compiled: Compiled) -> None:
