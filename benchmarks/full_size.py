@@ -25,6 +25,7 @@ from crystal_jax.config import Config, Subset
 from crystal_jax.data.pipeline import Batches, Draw, Stores, batch_hash
 from crystal_jax.data.tokenizer import Tokenizer
 from crystal_jax.phases import PhasePlan, make_plan
+from crystal_jax.sharding import Part
 
 from configs import crystal_7b
 
@@ -92,7 +93,7 @@ class DryRun:
             batch = self.batches[step]
         rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
         same = [bool(np.array_equal(rows[draw.slot], self.written(draw))) for draw in draws]
-        parts = [Batches(self.config, self.stores, [host], HOSTS)[step] for host in (0, HOSTS - 1)]
+        parts = [Batches(self.config, self.stores, Part(HOSTS, (host,), (host,)).slots)[step] for host in (0, HOSTS - 1)]
         share = len(rows) // HOSTS
         names = sorted(self.config.sources)
         return {
@@ -125,7 +126,7 @@ class DryRun:
     def seek(self) -> list[float]:
         """Milliseconds to the rows of one host at steps all over the run."""
         steps = np.random.default_rng(1).integers(0, len(self.batches), SEEKS)
-        host = Batches(self.config, self.stores, [1], HOSTS)
+        host = Batches(self.config, self.stores, Part(HOSTS, (1,), (1,)).slots)
         times = []
         for step in steps.tolist():
             draws = self.batches.draws(step)

@@ -134,12 +134,7 @@ def main(argv: list[str]) -> int:
     said: dict[str, Any] = {}
     try:
         devices = described(find_slice(job["topology"]), job["slices"])
-        try:
-            mesh = sharding.make_mesh(config.training.mesh, devices)
-        except NotImplementedError as error:
-            sizes = ", ".join(f"{axis}={getattr(config.training.mesh, axis)}" for axis in sharding.AXES)
-            raise UserError(f"config.training.mesh: {sizes} can't be laid on {job['topology']}: an axis must be made "
-                            f"of whole sides of it ({first_line(error, 80)})") from error
+        mesh = sharding.make_mesh(config.training.mesh, devices)
         sharding.check_divisible(config, mesh)
         places = [[getattr(device, "slice_index", 0), *device.coords, device.core_on_chip]
                   for device in mesh.devices.flat]

@@ -237,6 +237,8 @@ class TrainingConfig:
     """splash (TPU), cudnn (GPU), xla, or auto for the fastest that the devices have."""
     accumulate: int = 1
     """Parts that a global batch is computed in, one after the other, before the update."""
+    fill_batch: bool = False
+    """Whether sequences that count for nothing fill up a global batch that the mesh doesn't divide."""
     pad_to: int = 1
     """Multiple that MLP and vocabulary are padded to in memory, so that a mesh can split them: 256 makes 11,008 and
     32,256 of the published 10,922 and 32,032. Exports have the model's own sizes."""

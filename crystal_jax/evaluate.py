@@ -23,7 +23,8 @@ class HeldOut:
 
     def __init__(self, model: Crystal, windows: dict[str, np.ndarray], batch_size: int, mesh: Mesh,
                  byte_lengths_V: np.ndarray, documents: Documents | None = None):
-        self.windows, self.batch_size, self.mesh, self.documents = windows, batch_size, mesh, documents
+        self.windows, self.mesh, self.documents = windows, mesh, documents
+        self.batch_size = sharding.padded(batch_size, sharding.batch_ways(mesh))
         self.byte_lengths_V = byte_lengths_V
         self.entropy = {domain: unigram_entropy(rows[:, 1:]) for domain, rows in windows.items()}
 

@@ -59,7 +59,7 @@ class Run:
         self.config, self.run_dir, self.mesh, self.stores = config, run_dir, mesh, stores
         self.record, self.plan_hash = record, record.hash
         self.part = sharding.Part.of(mesh)
-        self.batches = Batches(config, stores, self.part.held, self.part.ways, record.eras)
+        self.batches = Batches(config, stores, self.part.slots, record.eras)
         self.plan = self.batches.plan
         self.calendar = Calendar(run_dir, self.plan.calendar())
         self.ledger, self.asked = ledger, profile and parse_profile(profile, self.plan.total_steps)
@@ -240,8 +240,10 @@ class Run:
             state = TrainState(state.params, self._fresh())
         lr = sharding.put(sharding.replicated(self.mesh), np.asarray(self.plan.learning_rate(step), np.float32))
         limits = sharding.put(sharding.replicated(self.mesh), clock.limits(step))
-        arguments = (state, sharding.put_batch(self.mesh, batch), lr, limits)
-        self.compile(placed.phase.global_batch_size, arguments)
+        size = placed.phase.global_batch_size
+        rows = sharding.put_batch(self.mesh, batch, size, self.config.training.accumulate)
+        arguments = (state, rows, lr, limits, size)
+        self.compile(size, arguments)
         state, metrics = self.train_step(*arguments)
         clock.dispatched(step + 1, metrics | {"words": add_up(self.words(batch, step, clock, asked))})
         return state

@@ -129,14 +129,17 @@ class Crystal(nnx.Module):
 
     def loss(self, ids_BT: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
              positions_BT: jax.Array | None = None,
-             segment_ids_BT: jax.Array | None = None, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+             segment_ids_BT: jax.Array | None = None, z_loss: float = 0.0,
+             sequences: float | None = None) -> tuple[jax.Array, jax.Array]:
         """(sum(nll * mask) / (B * T), nll [B, T] in nats): masked tokens stay in the denominator, as published.
 
         z_loss: see `cross_entropy`; a term of the first only.
+        sequences: B, where rows that count for nothing fill the batch up.
         """
         h_BTD = self._last(ids_BT, positions_BT, segment_ids_BT)
         total, nll_BT = cross_entropy(h_BTD, self._output[...], targets_BT, mask_BT, self._softmax(z_loss))
-        return total / targets_BT.size, nll_BT
+        rows, length = targets_BT.shape
+        return total / (length * (sequences or rows)), nll_BT
 
     def blocks(self) -> list[Block]:
         """Each layer alone, for `extend`: copies, which on a CPU each token would else make again."""

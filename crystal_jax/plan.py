@@ -23,6 +23,7 @@ from crystal_jax.hlo import Program, total
 from crystal_jax.phases import make_plan
 from crystal_jax.plan_text import render, render_sweep
 from crystal_jax.rules import validate
+from crystal_jax.sharding import BATCH, filled
 from crystal_jax.topology import libtpu_version
 from crystal_jax.utilisation import flops_per_token
 
@@ -61,7 +62,8 @@ def describe(compiled: Compiled, config: Config, piece: Slice, slices: int) -> d
     machine = Machine(piece, compiled.mesh, compiled.places)
     line, work = timeline(program.events, machine), total(program.events)
     chips, generation = piece.chips * slices, piece.generation
-    tokens = config.phases[0].global_batch_size * config.data.sequence_length
+    sequences, ways = config.phases[0].global_batch_size, math.prod(compiled.mesh[axis] for axis in BATCH)
+    tokens = sequences * config.data.sequence_length
     formula = {name: flops * tokens / len(compiled.places)
                for name, flops in flops_per_token(config.model, config.data.sequence_length).items()}
     whole = make_plan(config)
@@ -71,8 +73,8 @@ def describe(compiled: Compiled, config: Config, piece: Slice, slices: int) -> d
         "mesh": compiled.mesh,
         "training": {name: getattr(config.training, name)
                      for name in ("remat", "attention", "accumulate", "pad_to", "dtype")},
-        "batch": {"sequences": config.phases[0].global_batch_size, "tokens": tokens,
-                  "sequences_per_chip": config.phases[0].global_batch_size / chips},
+        "batch": {"sequences": sequences, "computed": filled(sequences, ways, config.training.accumulate),
+                  "tokens": tokens, "sequences_per_chip": sequences / chips},
         "memory": room(compiled, program, config, generation.usable_gib),
         "flops": {"program": work.flops + work.kernel_flops, "kernels": work.kernel_flops, **formula},
         "bytes": work.bytes + work.prefetched,
@@ -100,7 +102,7 @@ def sweep(config: Config, piece: Slice, slices: int = 1, flags: str = "default",
           note: Note = lambda line: None) -> list[dict[str, Any]]:
     """Layouts with the config's own remat, then the best of them with every preset; the fastest that fit come first.
 
-    Each row has "mesh", "remat" and either the figures of `plan` or "refused".
+    Each row has "mesh", "remat", the overrides "given" and either the figures of `plan` or "refused".
     """
     layouts = list(_layouts(config, piece.devices))
     rows = [_try(variant, piece, slices, flags, _numbered(note, index, len(layouts)))
@@ -109,7 +111,8 @@ def sweep(config: Config, piece: Slice, slices: int = 1, flags: str = "default",
     others = [_changed(variant, remat=remat) for variant in best for remat in REMAT if remat != config.training.remat]
     rows += [_try(variant, piece, slices, flags, _numbered(note, index, len(others)))
              for index, variant in enumerate(others)]
-    return [{key: value for key, value in row.items() if key != "config"} for row in sorted(rows, key=_rank)]
+    return [{**{key: value for key, value in row.items() if key != "config"}, "given": overrides(config, row["config"])}
+            for row in sorted(rows, key=_rank)]
 
 
 def _numbered(note: Note, index: int, count: int) -> Note:
@@ -130,13 +133,16 @@ def _layouts(config: Config, devices: int) -> Iterator[Config]:
 
 
 def _changed(config: Config, **values: Any) -> Config:
-    """A copy with other fields of the mesh or of training; padded where tensor splits what doesn't divide."""
+    """A copy with other fields of the mesh or of training; padded and filled up where it splits what doesn't divide."""
     found = copy.deepcopy(config)
     for name, value in values.items():
         setattr(found.training.mesh if hasattr(found.training.mesh, name) else found.training, name, value)
-    tensor = found.training.mesh.tensor
-    if any(size % tensor for size in (config.model.mlp_dim, config.model.vocab_size)):
+    mesh = found.training.mesh
+    if any(size % mesh.tensor for size in (config.model.mlp_dim, config.model.vocab_size)):
         found.training.pad_to = max(found.training.pad_to, 256)
+    if -1 not in (mesh.data, mesh.fsdp):
+        ways = mesh.slice * mesh.data * mesh.fsdp * found.training.accumulate
+        found.training.fill_batch |= any(phase.global_batch_size % ways for phase in config.phases)
     return found
 
 
@@ -173,7 +179,8 @@ def nearest_fit(config: Config, piece: Slice, slices: int, flags: str, note: Not
     """Overrides with which the step does fit: the state cut further, less saved, fewer rows at a time."""
     mesh = config.training.mesh
     tried = config
-    steps: list[dict[str, Any]] = [{"data": 1, "fsdp": -1}] if mesh.fsdp != -1 else []
+    every = piece.devices // mesh.tensor
+    steps: list[dict[str, Any]] = [{"data": 1, "fsdp": every}] if mesh.fsdp not in (-1, every) else []
     steps += [{"remat": "full"}] if config.training.remat != "full" else []
     rows = config.phases[0].global_batch_size * mesh.tensor // (piece.devices * slices)
     parts = [part for part in (4, 16, 64, rows) if rows % part == 0 and part > config.training.accumulate]

@@ -26,13 +26,14 @@ def _head(found: dict[str, Any]) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
     batch, training = found["batch"], found["training"]
     slices = f"{found['slices']} slices of " if found["slices"] > 1 else ""
+    more = f", computed as {batch['computed']:,}" if batch["computed"] > batch["sequences"] else ""
     return [
         f"{found['name']} on {slices}{found['topology']}: {found['chips']:,} chips, flags {found['flags']}, compiled "
         f"by libtpu {found['libtpu']} in {found['compile_seconds']:.0f} s",
         f"mesh {mesh}, remat {training['remat']}, attention {training['attention']}, accumulate "
         f"{training['accumulate']}, {training['dtype']}",
         f"batch {batch['sequences']:,} sequences = {batch['tokens']:,} tokens, {batch['sequences_per_chip']:g} "
-        "sequences a chip",
+        f"sequences a chip{more}",
     ]
 
 
@@ -117,7 +118,5 @@ def render_sweep(rows: list[dict[str, Any]]) -> str:
     first = next((item for item in rows if "refused" not in item), None)
     if first is None:
         return "\n".join([*lines, "nothing fits: take a larger slice"])
-    mesh = {axis: size for axis, size in first["mesh"].items() if axis != "slice"}
-    fields = " ".join(f"--config.training.mesh.{axis}={size}" for axis, size in mesh.items())
     return "\n".join([*lines, "times are predictions from rates (see `plan` without --sweep for the compiler's cycles)",
-                      f"the first: {fields} --config.training.remat={first['remat']}"])
+                      f"the first: {' '.join(first['given']) or 'the config as it is'}"])

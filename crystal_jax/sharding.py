@@ -51,7 +51,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """A mesh over all devices of the run; its slices are the pod's, where the devices know theirs.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices, or their slices are others.
+      UserError: the sizes don't multiply to the number of devices, their slices are others, or an axis can't be laid on
+        a slice's torus.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in AXES]
@@ -66,11 +67,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
                         f"{len(devices)}, with -1 for the axis that takes what is left")
     types = (AxisType.Explicit,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=types)
-    if sizes[0] != slices:
+    if slices != 1 and sizes[0] != slices:
         raise UserError(f"config.training.mesh.slice: {sizes[0]} must be {slices}, the slices that were found")
-    grid = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
+    try:
+        if slices == 1:
+            return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=types)
+        grid = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
+    except NotImplementedError as error:
+        torus = "x".join(str(1 + max(side)) for side in zip(*(device.coords for device in devices), strict=True))
+        shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"config.training.mesh: {shown} can't be laid on {torus} chips: an axis must be made of whole "
+                        f"sides of them; `plan --sweep` lists the meshes that can") from error
     return Mesh(grid, AXES, axis_types=types)
 
 
@@ -80,10 +87,15 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     Raises:
       UserError: the field, its value and the divisor.
     """
-    ways, rows = batch_ways(mesh), config.training.accumulate
+    ways, parts = batch_ways(mesh), config.training.accumulate
     for index, phase in enumerate(config.phases):
-        _divides(f"config.phases[{index}].global_batch_size", phase.global_batch_size, ways * rows,
-                 "slice x data x fsdp" + (f", each {rows} times" if rows > 1 else ""))
+        size = phase.global_batch_size
+        if not config.training.fill_batch:
+            added = filled(size, ways, parts) - size
+            _divides(f"config.phases[{index}].global_batch_size", size, ways * parts,
+                     "slice x data x fsdp" + (f", each {parts} times" if parts > 1 else ""),
+                     f", or set config.training.fill_batch=true: {added:,} sequences of nothing are computed with it, "
+                     f"{added / size:.1%}")
     check_model_divisible(config.model, mesh, config.training.pad_to)
 
 
@@ -100,6 +112,11 @@ def check_model_divisible(model: ModelConfig, mesh: Mesh, pad_to: int = 1) -> No
 def padded(size: int, to: int) -> int:
     """The next multiple of `to`: 11,008 for 10,922 and 32,256 for 32,032 with 256."""
     return -(-size // to) * to
+
+
+def filled(size: int, ways: int, accumulate: int = 1) -> int:
+    """A global batch of `size` once its blocks were filled up to the longest one, in `accumulate` equal parts."""
+    return padded(-(-size // ways), accumulate) * ways
 
 
 def _divides(path: str, value: int, ways: int, axis: str, otherwise: str = "") -> None:
@@ -174,25 +191,38 @@ class Part:
         held = tuple(block for block in range(ways) if process in holders[block])
         return cls(ways, held, tuple(block for block in held if min(holders[block]) == process))
 
+    def blocks(self, size: int, counted: bool = False) -> list[np.ndarray]:
+        """Which rows of a global batch of `size` each block holds: where it doesn't divide, some hold one more."""
+        every = np.array_split(np.arange(size), self.ways)
+        return [every[block] for block in (self.counted if counted else self.held)]
+
     def slots(self, size: int, counted: bool = False) -> np.ndarray:
-        """Which rows of a global batch of `size` these are."""
-        return np.arange(size).reshape(self.ways, -1)[list(self.counted if counted else self.held)].reshape(-1)
+        """The rows of all blocks."""
+        return np.concatenate([np.arange(0), *self.blocks(size, counted)])
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch, those of its `Part`, as global arrays that are split over the batch axes."""
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], size: int | None = None,
+              accumulate: int = 1) -> dict[str, jax.Array]:
+    """This process's rows of a global batch of `size`, those of its `Part`, as arrays split over the batch axes.
+
+    Blocks are `filled` with zeros, of source -1: none. By default the mesh divides the batch.
+    """
     part, layout = Part.of(mesh), NamedSharding(mesh, P(STORED["batch"]))
+    size = len(next(iter(batch.values()))) * part.ways // len(part.held) if size is None else size
+    share = filled(size, part.ways, accumulate) // part.ways
+    ends = np.cumsum([len(block) for block in part.blocks(size)])
 
-    def put(rows: np.ndarray) -> jax.Array:
-        share = len(rows) // len(part.held)
+    def put(rows: np.ndarray, filling: int) -> jax.Array:
+        blocks = np.split(rows, ends[:-1])
 
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            at = part.held.index(_first(index) // share)
-            return rows[at * share : (at + 1) * share]
+            mine = blocks[part.held.index(_first(index) // share)]
+            missing = np.full((share - len(mine), *rows.shape[1:]), filling, rows.dtype)
+            return np.concatenate([mine, missing]) if len(missing) else mine
 
         return jax.make_array_from_callback((share * part.ways, *rows.shape[1:]), layout, block)
 
-    return {name: put(rows) for name, rows in batch.items()}
+    return {name: put(rows, -1 if name == "source" else 0) for name, rows in batch.items()}
 
 
 def put(layout: NamedSharding, value: np.ndarray) -> jax.Array:

@@ -31,18 +31,19 @@ class TrainState:
 
 def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sources: int, accumulate: int = 1,
                     z_loss: float = 0.0) -> jax.stages.Wrapped:
-    """The jitted update (state, batch, lr, limits) -> (state, metrics).
+    """The jitted update (state, batch, lr, limits, sequences) -> (state, metrics).
 
     One whose loss or gradient norm isn't finite, or above its limit, leaves the state as it was.
 
     accumulate: parts of the batch that gradients are computed of, one after the other; their sum is that of the whole.
     limits float32 [2]: see spikes.py; none without them.
+    sequences: the global batch size, if the batch was filled up to what the mesh divides; a constant.
     """
 
-    def measure(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def measure(params: Params, batch: Batch, sequences: float | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of a batch and, per source, its sum and the tokens that it is of."""
-        loss, nll_BT = model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"],
-                                               batch.get("positions"), batch.get("segment_ids"), z_loss)
+        loss, nll_BT = model.bind(params).loss(batch["inputs"], batch["targets"], batch["mask"], batch.get("positions"),
+                                               batch.get("segment_ids"), z_loss, sequences)
         from_source_BS = batch["source"][:, None] == jnp.arange(sources)[None, :]
 
         def per_source(values_BT: jax.Array) -> jax.Array:
@@ -54,12 +55,12 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
 
     gradients = jax.grad(measure, has_aux=True)
 
-    def accumulated(params: Params, batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+    def accumulated(params: Params, batch: Batch, sequences: int | None) -> tuple[Params, dict[str, jax.Array]]:
         if accumulate == 1:
-            return gradients(params, batch)
+            return gradients(params, batch, sequences)
 
         def add(total: Params, part: Batch) -> tuple[Params, dict[str, jax.Array]]:
-            grads, found = gradients(params, part)
+            grads, found = gradients(params, part, sequences and sequences / accumulate)
             return jax.tree.map(jnp.add, total, grads), found
 
         parts = {name: _parts(rows, accumulate) for name, rows in batch.items()}
@@ -67,9 +68,10 @@ def make_train_step(model: Crystal, optimizer: optax.GradientTransformation, sou
         found = jax.tree.map(lambda each: jnp.sum(each, axis=0), found)
         return jax.tree.map(lambda g: g / accumulate, grads), found | {"loss": found["loss"] / accumulate}
 
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, batch: Batch, lr: jax.Array, limits: jax.Array | None = None):
-        grads, metrics = accumulated(state.params, batch)
+    @partial(jax.jit, donate_argnums=0, static_argnames="sequences")
+    def train_step(state: TrainState, batch: Batch, lr: jax.Array, limits: jax.Array | None = None,
+                   sequences: int | None = None):
+        grads, metrics = accumulated(state.params, batch, sequences)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = TrainState(apply_updates(state.params, updates, lr), opt_state)
@@ -99,7 +101,8 @@ def lower_step(config: Config, mesh: Mesh, phase: int = 0) -> jax.stages.Lowered
     saved = abstract_state(optimizer, abstract_params(model.specs(), mesh))
     opt_state = with_moments(jax.eval_shape(optimizer.init, saved["params"]), saved["moments"])
     whole = NamedSharding(mesh, P())
-    B, T = config.phases[phase].global_batch_size, config.data.sequence_length
+    size, T = config.phases[phase].global_batch_size, config.data.sequence_length
+    B = sharding.filled(size, sharding.batch_ways(mesh), config.training.accumulate)
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.named(mesh, ("batch",)))
@@ -112,7 +115,7 @@ def lower_step(config: Config, mesh: Mesh, phase: int = 0) -> jax.stages.Lowered
     with jax.set_mesh(mesh):
         step = make_train_step(model, optimizer, len(config.sources), config.training.accumulate,
                                config.training.z_loss)
-        return step.lower(TrainState(saved["params"], opt_state), batch, *scalars)
+        return step.lower(TrainState(saved["params"], opt_state), batch, *scalars, size)
 
 
 def abstract_state(optimizer: optax.GradientTransformation, params: Params) -> dict[str, Any]:

@@ -31,11 +31,14 @@ LAYOUTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 2, 2, 2), {"pad_to": 16, "accumulate": 2, "remat": "products"}),
     ((2, 2, 1), {"accumulate": 2, "remat": "full"}),
     ((1, 1, 1), {"accumulate": 8, "remat": "attention"}),
+    ((3, 1, 1), {"fill_batch": True}),
+    ((3, 1, 2), {"fill_batch": True, "accumulate": 2}),
 ]
-"""(data, fsdp, tensor and slice, fields of config.training) on 1, 2, 4 and 8 devices."""
+"""(data, fsdp, tensor and slice, fields of config.training) on 1 to 8 devices; three don't divide the batch of eight."""
 STEPS = 20
 LENGTH = 16
 ROWS = "mesh axis slice x data x fsdp"
+FILL = ", or set config.training.fill_batch=true: {} sequences of nothing are computed with it, {}"
 PAD = ", or set config.training.pad_to=2: it pads in memory"
 BATCH = ("slice", "data", "fsdp")
 
@@ -82,8 +85,8 @@ def test_sizes_that_divide_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(("owner", "field", "value", "rule"), [
-    ("phases[1]", "global_batch_size", 10, f"4 equal parts ({ROWS}); the nearest that do are 8 and 12"),
-    ("phases[1]", "global_batch_size", 2, f"4 equal parts ({ROWS}); the nearest that do are 4"),
+    ("phases[1]", "global_batch_size", 10, f"4 equal parts ({ROWS}); the nearest that do are 8 and 12{FILL.format(2, '20.0%')}"),
+    ("phases[1]", "global_batch_size", 2, f"4 equal parts ({ROWS}); the nearest that do are 4{FILL.format(2, '100.0%')}"),
     ("model", "embed_dim", 33, "2 equal parts (mesh axis fsdp); the nearest that do are 32 and 34"),
     ("model", "num_heads", 5, "2 equal parts (mesh axis tensor); the nearest that do are 4 and 6"),
     ("model", "mlp_dim", 171, f"2 equal parts (mesh axis tensor); the nearest that do are 170 and 172{PAD}"),
@@ -144,6 +147,26 @@ def test_a_batch_is_split_over_its_rows() -> None:
         assert {shard.data.shape for shard in placed[name].addressable_shards} == {(2, *rows.shape[1:])}
 
 
+def test_a_batch_that_does_not_divide_is_filled_up() -> None:
+    """Each of the three devices has every row of its own, and zeros of no source behind them."""
+    mesh = make_mesh(MeshConfig(3, 1, 1), jax.devices()[:3])
+    batch = {"inputs": np.arange(1, 49, dtype=np.int32).reshape(8, 6), "source": np.arange(8, dtype=np.int32)}
+    placed = sharding.put_batch(mesh, batch, 8, 2)
+    assert sharding.filled(8, 3, 2) == 12 and sharding.filled(2112, 256) == 2304
+    assert placed["source"].tolist() == [0, 1, 2, -1, 3, 4, 5, -1, 6, 7, -1, -1]
+    inside = np.asarray(placed["source"]) >= 0
+    assert np.array_equal(np.asarray(placed["inputs"])[inside], batch["inputs"])
+    assert not np.asarray(placed["inputs"])[~inside].any()
+
+
+def test_it_is_filled_up_only_where_that_is_asked_for() -> None:
+    mesh = make_mesh(MeshConfig(3, 1, 1), jax.devices()[:3])
+    with pytest.raises(UserError, match=r"\[0\].global_batch_size: 8 doesn't divide into 3 .* are 6 and 9, or set "
+                                        r"config.training.fill_batch=true: 1 sequences of nothing .* with it, 12.5%"):
+        sharding.check_divisible(config_with(), mesh)
+    sharding.check_divisible(config_with(fill_batch=True), mesh)
+
+
 # A training run
 
 
@@ -185,13 +208,13 @@ def run() -> Callable[..., Result]:
         with jax.set_mesh(mesh):
             params = init_params(model.specs(), 1, mesh)
             before = jax.tree.map(np.asarray, params)
-            placed = [sharding.put_batch(mesh, batch) for batch in batches()]
+            placed = [sharding.put_batch(mesh, batch, 8, training.accumulate) for batch in batches()]
             grads = jax.eval_shape(jax.grad(lambda params, batch: model.bind(params).loss(
                 batch["inputs"], batch["targets"], batch["mask"])[0]), params, placed[0])
             lr = jax.device_put(np.float32(0.01), sharding.replicated(mesh))
             state, metrics = fresh(optimizer, params, mesh), []
-            step = make_train_step(model, optimizer, 3, training.accumulate).lower(state, placed[0], lr).compile(
-                oracle.QUICK)
+            step = make_train_step(model, optimizer, 3, training.accumulate).lower(
+                state, placed[0], lr, sequences=8).compile(oracle.QUICK)
             for batch in placed:
                 state, found = step(state, batch, lr)
                 metrics.append(jax.tree.map(np.asarray, found))

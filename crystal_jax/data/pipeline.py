@@ -7,7 +7,7 @@ number of hosts, each reading its own rows, sees the same global batch.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,18 +119,18 @@ class Stores:
 class Batches:
     """Random access to the batches of a run: `batches[step]` gives this process's rows of the update at `step`.
 
-    These are `blocks` of the `ways` equal ones that the mesh cuts a global batch into. `eras` are the recipes that the
-    run followed before this config, if it was amended.
+    These are `slots(B)` of a global batch of B. `eras` are the recipes that the run followed before this config, if it
+    was amended.
 
     Raises:
       UserError: a subset too short for one sequence, or a phase that would read a source more often than it states.
     """
 
-    def __init__(self, config: Config, stores: Stores, blocks: Sequence[int] = (0,), ways: int = 1,
+    def __init__(self, config: Config, stores: Stores, slots: Callable[[int], np.ndarray] = np.arange,
                  eras: Sequence[Era] = ()):
         self.config, self.plan = config, make_plan(config, eras)
         self.length = config.data.sequence_length
-        self.blocks, self.ways = list(blocks), ways
+        self.slots = slots
         self._tokenizer = stores.tokenizer
         recipes = [*(era.config for era in eras), config]
         self._document_mask = [recipe.data.document_mask for recipe in recipes]
@@ -150,7 +150,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         _, segment = self._segment(step)
-        slots = np.arange(segment.phase.global_batch_size).reshape(self.ways, -1)[self.blocks].reshape(-1)
+        slots = self.slots(segment.phase.global_batch_size)
         tokens = np.empty((slots.size, self.length + 1), np.int32)
         mask = np.ones((slots.size, self.length), np.float32)
         source = np.empty(slots.size, np.int32)

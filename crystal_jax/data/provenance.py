@@ -172,7 +172,7 @@ class Provenance:
         step, slot, epoch = at
         phase = next(segment.phase for segment in self._batches.plan.segments if segment.start <= step < segment.end)
         process = copy.copy(self._batches)
-        process.blocks, process.ways = [slot], phase.global_batch_size
+        process.slots = lambda size: np.array([slot])
         draw = Draw(slot, reading, epoch, row, phase.fim_rate.get(reading.name, 0.0), phase.spm_rate)
         return self._sequence(draw, held, _before([draw]).get(0), _row(process[step], 0), 0)
 
