@@ -42,8 +42,9 @@ def get_config(calendar: str = "published") -> Config:
         phases=[_phase1(every[0]), _phase2(every[1]), _phase3(every[2])],
         data=DataConfig(root="data", tokenizer="tokenizer.json", sequence_length=2048),
         # 10,922 is no multiple of a TPU's tiles: padded in memory, its gradients come back in parts.
-        # On each generation of TPUs that was compiled for, fsdp over all chips is the fastest mesh (docs/planning.md).
-        training=TrainingConfig(pad_to=256, mesh=MeshConfig(data=1, fsdp=-1)),
+        # On each generation of TPUs that was compiled for, fsdp over all chips is the fastest mesh (docs/planning.md);
+        # 2,112 sequences can be dealt to 64 of them, not to 128 or 256: there they are filled up.
+        training=TrainingConfig(pad_to=256, fill_batch=True, mesh=MeshConfig(data=1, fsdp=-1)),
         # A full state is 79 GB, weights in bfloat16 13 GB: 13 of the 136 keep it, and each phase's last.
         checkpoints=CheckpointConfig(keep_public_every=10),
     )

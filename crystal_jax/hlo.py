@@ -7,9 +7,9 @@ once and a Pallas kernel as nothing; here a body counts as often as it runs and 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 from crystal_jax.hlo_text import Computation, Instruction, read_computations, read_group, read_instruction
 
@@ -19,6 +19,9 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragg
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "opt-barrier", "iota", "async-done", "copy-done"}
 """Operations that move nothing: the last two wait for what an earlier one moves."""
+
+SAME = ("bitcast", "copy")
+"""Operations that inside a fusion only give an array another layout; TPU7x has many."""
 
 KERNELS = {"splash_mha_fwd": 2, "splash_mqa_fwd": 2, "splash_mha_dkv": 5, "splash_mqa_dkv": 5}
 """Products of T x S x H that an attention kernel makes for each head: q k and p v; backward both again as four
@@ -229,21 +232,27 @@ class Program:
             return read + self.written(inner, item)
         return item.hbm + sum(operand.hbm for operand in operands)
 
-    def read(self, place: Computation, name: str) -> float:
-        """Bytes of a value that its users in a fused computation look at."""
+    def read(self, place: Computation, name: str, beyond: Callable[[], float] | None = None) -> float:
+        """Bytes of a value that its users in a fused computation look at.
+
+        beyond: what is looked at where the computation's result goes to; without it, all of the result.
+        """
+        whole = sum(array.bytes for array in place.instructions[name].arrays)
         looked = 0.0
+        if place.root.name == name:
+            looked += beyond() if beyond else whole
         for user in place.users.get(name, ()):
             if user.opcode == "dynamic-slice":
                 looked += sum(array.bytes for array in user.arrays)
-            elif user.opcode == "bitcast":
-                looked += self.read(place, user.name)
+            elif user.opcode in SAME:
+                looked += self.read(place, user.name, beyond)
             elif user.opcode == "fusion":
-                inner = self.computations[user.named("calls")]
-                looked += sum(self.read(inner, inner.parameters[index].name)
+                inner, after = self.computations[user.named("calls")], partial(self.read, place, user.name, beyond)
+                looked += sum(self.read(inner, inner.parameters[index].name, after)
                               for index, operand in enumerate(user.operands) if operand == name)
             elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-                return sum(array.bytes for array in place.instructions[name].arrays)
-        return looked
+                return whole
+        return min(looked, whole)
 
     def written(self, place: Computation, item: Instruction) -> float:
         """Bytes that a fusion leaves in HBM."""
@@ -253,14 +262,17 @@ class Program:
         arrays = item.arrays
         if len(roots) != len(arrays):
             return item.hbm
-        found = 0.0
-        for root, array in zip(roots, arrays, strict=True):
-            while root.opcode == "bitcast":
-                root = place.instructions[root.operands[0]]
-            update = root.opcode == "dynamic-update-slice"
-            part = place.instructions[root.operands[1]].arrays[0].bytes if update else array.bytes
-            found += part if array.hbm else 0
-        return found
+        return sum(self.updated(place, root, array.bytes)
+                   for root, array in zip(roots, arrays, strict=True) if array.hbm)
+
+    def updated(self, place: Computation, root: Instruction, whole: float) -> float:
+        """Of an array of `whole` bytes that a computation makes: all of it, or the part that is updated in place."""
+        while root.opcode in SAME:
+            root = place.instructions[root.operands[0]]
+        if root.opcode == "fusion":
+            inner = self.computations[root.named("calls")]
+            return self.updated(inner, inner.root, whole)
+        return place.instructions[root.operands[1]].arrays[0].bytes if root.opcode == "dynamic-update-slice" else whole
 
 
 def total(events: tuple[Event, ...]) -> Op:

@@ -94,6 +94,14 @@ def test_four_processes_do_what_two_do(mesh: tuple[int, int, int], two: Path, ar
     same_as(tmp_path / "run", two)
 
 
+@pytest.mark.drill
+def test_a_batch_that_three_processes_fill_up_is_that_of_two(two: Path, arguments: list[str], cache: dict[str, str],
+                                                             tmp_path: Path) -> None:
+    pod = start_pod(tmp_path / "run", tmp_path, [*arguments, "--config.training.fill_batch=true"], 3, 1, env=cache)
+    assert pod.codes() == [0] * 3, pod.said(0)
+    same_as(tmp_path / "run", two)
+
+
 def test_a_signal_to_either_process_stops_both_at_one_step(two: Path, arguments: list[str], cache: dict[str, str],
                                                            tmp_path: Path) -> None:
     """And the same command goes on, to the same bits. Only the main process says how it goes."""
