@@ -261,7 +261,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     about = "steps, tokens, epochs, learning rate, checkpoints and cost of a recipe"
     show = actions.add_parser("show", help=about, description=about, allow_abbrev=False)
-    show.add_argument("--config", required=True, help="configs/X.py[:variant]")
+    show.add_argument("--config", required=True, help="configs/X.py[:VARIANT]; --config.a.b=VALUE overrides a field")
     show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--calendar", action="store_true", help="name every permanent checkpoint")
     show.add_argument("--step", type=int, help="show where the run stands after this many updates instead")
