@@ -131,7 +131,7 @@ def summary(manifest: Manifest) -> str:
     duplicates = documents["duplicate_ids_within_inputs"]
     twice = f"; {duplicates:,} ids came again within an input" if duplicates else ""
     return (
-        f"{manifest['name']}: {documents['kept']:,} documents, {tokens:,} tokens "
+        f"{manifest['name']}: {counted(documents['kept'], 'document')}, {tokens:,} tokens "
         f"({splits['heldout']['tokens']:,} held out), {ratio}"
         f"dropped {sum(documents['dropped'].values()):,}" + (f" ({reasons})" if reasons else "") + twice
     )
