@@ -28,7 +28,7 @@ MODELS = {
 
 def get_config(name: str = "llama2") -> Config:
     if name not in MODELS:
-        raise UserError(f"configs/compared.py:{name}: the variants are {', '.join(MODELS)}")
+        raise UserError(f"the variants are {', '.join(MODELS)}, not {name!r}")
     config = crystal_7b.get_config()
     config.name, config.model = name, MODELS[name]
     return config

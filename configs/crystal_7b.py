@@ -29,7 +29,7 @@ CALENDARS = {"published": (1500, 3000, 3000), "original": (1500, 1500, 1000)}
 
 def get_config(calendar: str = "published") -> Config:
     if calendar not in CALENDARS:
-        raise UserError(f"configs/crystal_7b.py:{calendar}: the variants are {', '.join(CALENDARS)}")
+        raise UserError(f"the variants are {', '.join(CALENDARS)}, not {calendar!r}")
     every = CALENDARS[calendar]
     return Config(
         name="crystal_7b",

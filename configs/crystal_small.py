@@ -16,7 +16,7 @@ from configs import crystal_7b
 
 def get_config(steps: str = "10") -> Config:
     if not steps.isdecimal():
-        raise UserError(f"configs/crystal_small.py:{steps}: the variant is a number of steps, such as 100")
+        raise UserError(f"the variant is a number of steps, such as 100, not {steps!r}")
     original = crystal_7b.get_config()
     config = scaled(
         original,

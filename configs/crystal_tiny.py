@@ -19,7 +19,7 @@ CODE = ("Github", "StarCoder", *crystal_7b.LANGUAGES)
 
 def get_config(steps: str = "1900") -> Config:
     if not steps.isdecimal():
-        raise UserError(f"configs/crystal_tiny.py:{steps}: the variant is a number of steps, such as 6000")
+        raise UserError(f"the variant is a number of steps, such as 6000, not {steps!r}")
     config = scaled(
         crystal_7b.get_config(),
         Scale(

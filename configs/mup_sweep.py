@@ -13,7 +13,7 @@ from crystal_jax.errors import UserError
 
 def get_config(width: str = "64") -> Config:
     if not width.isdecimal() or int(width) < 16 or int(width) % 16:
-        raise UserError(f"configs/mup_sweep.py:{width}: the variant is a width in multiples of 16, such as 128")
+        raise UserError(f"the variant is a width in multiples of 16, such as 128, not {width!r}")
     embed_dim = int(width)
     return Config(
         name="mup_sweep",

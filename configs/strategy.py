@@ -33,10 +33,10 @@ FEWEST = 100
 def get_config(variant: str = "three_phases") -> Config:
     name, _, steps = variant.partition("-")
     if name not in VARIANTS:
-        raise UserError(f"configs/strategy.py:{variant}: no such variant{nearest(name, VARIANTS)}")
+        raise UserError(f"{variant!r}: no such variant{nearest(name, VARIANTS)}")
     if variant != name and (not steps.isdecimal() or int(steps) < FEWEST):
-        raise UserError(f"configs/strategy.py:{variant}: behind the - comes a number of steps, {FEWEST} or more, such "
-                        f"as {name}-6000")
+        raise UserError(f"{variant!r}: behind the - comes a number of steps, {FEWEST} or more, such as "
+                        f"{name}-6000")
     config = crystal_tiny.get_config(steps or "1500")
     config.name = f"strategy_{name}"
     config.phases = VARIANTS[name](_three_phases(config))

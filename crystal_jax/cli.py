@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from crystal_jax.config import nearest
 from crystal_jax.errors import UserError, explain
 
 COMMANDS = {
@@ -40,7 +41,19 @@ class Parser(argparse.ArgumentParser):
     """Its mistakes are the user's: one line and exit code 1."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message}{'' if message.endswith('?') else ';'} see {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Before argparse, which would name a required flag that is missing rather than the mistyped one."""
+        for arg in args if args and not self._subparsers else ():
+            flag = arg.partition("=")[0]
+            if arg == "--":
+                break
+            override = flag.startswith("--config.") and "--config" in self._option_string_actions
+            # With a space it is a value, to argparse too: --prompt '--a b'.
+            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions and not override:
+                self.error(f"unknown flag {flag}{nearest(flag, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,10 +78,12 @@ def _run(argv: list[str], name: str) -> int:
         command = commands.add_parser(known, help=about, description=about, allow_abbrev=False)
         if known == name:
             importlib.import_module(module).add_arguments(command)
+    if argv and not name and not argv[0].startswith("-"):
+        parser.error(f"unknown command {argv[0]}{nearest(argv[0], COMMANDS)}")
     args, rest = parser.parse_known_args(argv)
     overrides = [arg for arg in rest if arg.startswith("--config.") and getattr(args, "config", None)]
     if unknown := [arg for arg in rest if arg not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        commands.choices[name].error(f"unrecognized arguments: {' '.join(unknown)}")
     if isinstance(getattr(args, "config", None), str):
         from crystal_jax.config_file import load_config
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import re
 import sys
 import types
 import typing
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> Config:
 def _from_file(path: str) -> Config:
     file = Path(path.split(":", 1)[0])
     if not file.is_file():
-        raise UserError(f"--config={path}: no such file")
+        raise UserError(f"--config={path}: no such file{_nearest_file(file)}")
     # A config may build on its neighbours (`from configs import crystal_7b`).
     for root in (str(Path(__file__).parents[1]), str(file.resolve().parent.parent)):
         if root not in sys.path:
@@ -52,8 +54,8 @@ def _from_file(path: str) -> Config:
             # ml_collections 1.1.0 still loads the file by a call that Python 3.12 deprecates.
             warnings.filterwarnings("ignore", r"the load_module\(\) method is deprecated", DeprecationWarning)
             values(argv)
-    except UserError:
-        raise
+    except UserError as error:  # perhaps of a file that this one builds on, which can't know whose variant it was given
+        raise UserError(f"--config={path}: {error}") from error
     except Exception as error:  # a config is a program of the user's: it may raise anything
         # absl wraps the file's error in its traceback, of which the last line says what is wrong.
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -61,6 +63,13 @@ def _from_file(path: str) -> Config:
     if not isinstance(holder.value, Config):
         raise UserError(f"{path}: get_config() returned {type(holder.value).__name__}, not a crystal_jax Config")
     return holder.value
+
+
+def _nearest_file(file: Path) -> str:
+    """'; did you mean X?' for the config of that folder, or of configs/, whose name is the closest; else nothing."""
+    found = {path.stem: path for folder in (Path("configs"), file.parent) for path in folder.glob("[!_]*.py")}
+    close = difflib.get_close_matches(file.stem, found, 1, 0.5)
+    return f"; did you mean {found[close[0]]}?" if close else ""
 
 
 def _apply(config: Config, override: str) -> None:
@@ -86,7 +95,9 @@ def _member(holder: Any, hint: Any, key: str, name: str) -> tuple[Any, Any, Any]
     if dataclasses.is_dataclass(holder) and not isinstance(holder, type):
         hints = typing.get_type_hints(type(holder))
         if key not in hints:
-            raise UserError(f"{name}: no field {key}{nearest(key, hints)}")
+            elsewhere = [path for path in _fields(Config, "--config") if path.endswith(f".{key}")]
+            meant = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(key, hints)
+            raise UserError(f"{name}: no field {key}{meant}")
         return hints[key], getattr(holder, key), key
     if isinstance(holder, list):
         if not key.isdecimal() or int(key) >= len(holder):
@@ -96,6 +107,16 @@ def _member(holder: Any, hint: Any, key: str, name: str) -> tuple[Any, Any, Any]
         # An unknown key is added; `validate` compares it with the names that it must be one of.
         return typing.get_args(hint)[1], holder.get(key), key
     raise UserError(f"{name}: nothing lies below a {type(holder).__name__}")
+
+
+def _fields(cls: Any, path: str) -> Iterator[str]:
+    """The path of every field of a config, as in --config.phases[N].lr.peak and --config.sources.NAME.store."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield f"{path}.{name}"
+        entry = {list: "[N]", dict: ".NAME"}.get(typing.get_origin(hint), "")
+        inner = typing.get_args(hint)[-1] if entry else hint
+        if dataclasses.is_dataclass(inner):
+            yield from _fields(inner, f"{path}.{name}{entry}")
 
 
 def _parse(hint: Any, text: str, override: str) -> Any:

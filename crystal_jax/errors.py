@@ -46,6 +46,16 @@ def first_line(error: BaseException, length: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, without the number and the file's name that an OSError has around it."""
+    return "no such file" if isinstance(error, FileNotFoundError) else str(getattr(error, "strerror", None) or error)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 input, 2 inputs."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def refusal(error: BaseException) -> str | None:
     """What it means, and the way out, of an error of gs:// that no restart helps; None of any other."""
     said = f"{type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from crystal_jax import files, sandbox
 from crystal_jax.config import digest, nearest
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, reason
 
 REQUIRED = ("landlock files", "seccomp")
 SANDBOX = Path(sandbox.__file__)
@@ -57,7 +57,7 @@ def read_lines(path: str | Path, flag: str) -> list[tuple[int, dict[str, Any]]]:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if str(path).endswith(".gz") else data).decode()
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}={path}: {getattr(error, 'strerror', None) or error}; give a JSONL file") from error
+        raise UserError(f"{flag}={path}: {reason(error)}; give a JSONL file") from error
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

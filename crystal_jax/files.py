@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from crystal_jax.errors import UserError, first_line
+from crystal_jax.errors import UserError, first_line, reason
 
 PARTIAL = ".partial-"
 """In the name of a file that is still being written; a kill leaves it behind."""
@@ -141,8 +141,10 @@ def read_json(path: Location) -> Any:
     """
     try:
         return json.loads(read_bytes(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; the file is missing or damaged") from error
+    except OSError as error:
+        raise UserError(f"{path}: {reason(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error})") from error
 
 
 def remove(path: Location) -> None:

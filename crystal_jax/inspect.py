@@ -223,7 +223,8 @@ def describe_counts(subject: Subject, step: int | None = None) -> dict[str, Any]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--run_dir", help="the run's folder")
-    subject.add_argument("--config", help="configs/X.py[:VARIANT], before there is a run")
+    subject.add_argument("--config", help="configs/X.py[:VARIANT], before there is a run; --config.a.b=VALUE overrides "
+                         "a field")
     parser.add_argument("--step", type=int, help="the update to show, as the log counts; with --document and --counts: "
                         "up to which (default: the log's last, or the recipe's)")
     parser.add_argument("--slot", type=int, help="of that step only this sequence, with all its text")
@@ -237,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     about_step = args.document is None and not args.counts
     if about_step and args.step is None:
-        raise UserError("inspect: give --step=N, --document=ID or --counts")
+        raise UserError("give --step=N, --document=ID or --counts")
     for name in ("slot", "text"):
         value = getattr(args, name)
         if value is not None and (not about_step or value < 0):

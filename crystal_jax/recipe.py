@@ -12,6 +12,7 @@ from typing import Any
 
 from crystal_jax.config import Config, ModelConfig, Subset
 from crystal_jax.data.store import MANIFEST, TokenStore
+from crystal_jax.errors import counted
 from crystal_jax.phases import PhasePlan, Plan, checkpoint_name, code_share, learning_rate, make_plan
 
 STATE_BYTES = 12
@@ -199,7 +200,8 @@ def _render_phase(phase: dict[str, Any], calendar: bool) -> str:
         "code": f"{phase['code_share']:.1%} of the tokens",
         "optimizer": {"fresh": "fresh moments", "carried": "moments carried over"}[phase["optimizer"]],
         "lr (step)": ", ".join(rates),
-        "kept": f"{len(kept)} checkpoints: {kept[0]} .. {kept[-1]}, every {phase['checkpoint_every']:,} and the last",
+        "kept": f"{counted(len(kept), 'checkpoint')}: {kept[0]} .. {kept[-1]}, every {phase['checkpoint_every']:,} and "
+                "the last",
     }
     lines = [title, "-" * WIDTH, *(f"  {key:<10}{value}" for key, value in facts.items())]
     if calendar:
@@ -261,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     about = "steps, tokens, epochs, learning rate, checkpoints and cost of a recipe"
     show = actions.add_parser("show", help=about, description=about, allow_abbrev=False)
-    show.add_argument("--config", required=True, help="configs/X.py[:variant]")
+    show.add_argument("--config", required=True, help="configs/X.py[:VARIANT]; --config.a.b=VALUE overrides a field")
     show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--calendar", action="store_true", help="name every permanent checkpoint")
     show.add_argument("--step", type=int, help="show where the run stands after this many updates instead")

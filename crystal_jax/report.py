@@ -14,7 +14,7 @@ from etils import epath
 
 from crystal_jax import files
 from crystal_jax.compare import write_comparison
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 from crystal_jax.evaluation.walk import read_results
 from crystal_jax.goodput import ACTIVITIES, LOST
 from crystal_jax.history import Line, Run, load_run
@@ -76,7 +76,7 @@ def make_page(run: Run, pictures: dict[str, bytes]) -> str:
 
 
 def _subtitle(run: Run) -> str:
-    parts = [f"{len(run.plan.phases)} phases", f"{len(run.config.sources)} sources"]
+    parts = [counted(len(run.plan.phases), "phase"), counted(len(run.config.sources), "source")]
     if run.starts:
         last = run.starts[-1]
         parts = [f"{last['parameters']:,} parameters", *parts, last["devices"],

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from crystal_jax.checkpoint import Weights, load_weights
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, reason
 from crystal_jax.model import Crystal, Params
 
 BATCH = 8
@@ -64,7 +64,7 @@ def read_tokens(path: str) -> np.ndarray:
         with open(path, "rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"--tokens={path}: {error}; give a .npy file of integers [B, T]") from error
+        raise UserError(f"--tokens={path}: {reason(error)}; give a .npy file of integers [B, T]") from error
 
 
 def check_output(output: Path) -> None:

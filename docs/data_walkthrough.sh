@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # From raw files in the published formats to a training step that says what it saw, on this machine alone.
 #
-#     docs/data_walkthrough.sh [FOLDER]        about a minute on 2 cores; FOLDER (a temporary one) keeps what it made
+#     docs/data_walkthrough.sh [FOLDER]        about a minute on 2 cores; FOLDER (demo/walkthrough) keeps what it made
 #
 # It needs what `make demo` installs. PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-FOLDER=${1:-$(mktemp -d)}
+FOLDER=${1:-demo/walkthrough}
 RAW=$FOLDER/raw STORES=$FOLDER/stores RUN=$FOLDER/run
 CONFIG="--config=configs/crystal_small.py --config.data.root=$STORES"
 

@@ -18,6 +18,28 @@ def test_help_names_every_command(run_cli: RunCli) -> None:
     assert result.returncode == 0 and all(name in result.stdout for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    ("trian --run_dir=x", ": unknown command trian; did you mean train? see crystal-jax --help"),
+    ("train --run_dri=x", " train: unknown flag --run_dri; did you mean --run_dir? see crystal-jax train --help"),
+    ("train --config=x --run_dir=y --dry-run",
+     " train: unknown flag --dry-run; did you mean --dry_run? see crystal-jax train --help"),
+    ("recipe show --confg=x",
+     " recipe: unknown flag --confg; did you mean --config? see crystal-jax recipe show --help"),
+    ("verify x --config.a=1", " verify: unknown flag --config.a; known: --help, -h; see crystal-jax verify --help"),
+    ("verify x y", " verify: unrecognized arguments: y; see crystal-jax verify --help"),
+    ("inspect --config=configs/crystal_tiny.py", " inspect: give --step=N, --document=ID or --counts"),
+])
+def test_a_mistyped_command_or_flag_is_answered_with_the_nearest(
+        arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments.split()) == 1
+    assert capsys.readouterr().err == f"crystal-jax{said}\n"
+
+
+def test_a_value_with_a_space_may_look_like_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--prompt", "--verbose is a flag"]) == 1
+    assert "the following arguments are required" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
@@ -101,6 +123,30 @@ def test_a_missing_config_file_is_named() -> None:
         load_config("configs/crystal_8b.py")
 
 
+def test_the_nearest_config_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("configs/__init__.py", "configs/crystal_tiny.py", "mine/run_one.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).touch()
+    monkeypatch.chdir(tmp_path)
+    for path, meant in (("configs/crystal_tni.py", "; did you mean configs/crystal_tiny.py?"),
+                        ("crystal_tiny", "; did you mean configs/crystal_tiny.py?"),
+                        ("crystal_tiny:60", "; did you mean configs/crystal_tiny.py?"),
+                        ("mine/run_on.py", "; did you mean mine/run_one.py?"), ("init", "")):
+        with pytest.raises(UserError) as caught:
+            load_config(path)
+        assert str(caught.value) == f"--config={path}: no such file{meant}"
+
+
+def test_a_mistake_in_a_file_that_is_built_on_names_the_users(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("from configs import crystal_tiny\n\ndef get_config(steps='60'):\n"
+                    "    return crystal_tiny.get_config(steps)\n")
+    assert load_config(f"{mine}").name == "crystal_tiny"
+    with pytest.raises(UserError) as caught:
+        load_config(f"{mine}:abc")
+    assert str(caught.value) == (f"--config={mine}:abc: the variant is a number of steps, such as 6000, not 'abc'")
+
+
 @pytest.mark.parametrize(("override", "said"), [
     ("--config.phases[1].mix.starcode=0.5", "starcode"),
     ("--config.phases[7].steps=5", "phases[7]"),
@@ -108,6 +154,11 @@ def test_a_missing_config_file_is_named() -> None:
     ("--config.model.embed_dims=5", "did you mean embed_dim?"),
     ("--config.training.mesh.datas=5", "did you mean data?"),
     ("--config.modle.embed_dim=5", "modle"),
+    ("--config.training.embed_dim=5", "no field embed_dim; did you mean --config.model.embed_dim?"),
+    ("--config.model.seed=5", "did you mean --config.data.seed or --config.training.seed?"),
+    ("--config.lr=5", "did you mean --config.phases[N].lr?"),
+    ("--config.data.peak=5", "did you mean --config.phases[N].lr.peak?"),
+    ("--config.data.domain=5", "did you mean --config.sources.NAME.domain?"),
     ("--config.model.embed_dim=102", "config.model.embed_dim: 102 must be a multiple of num_heads = 4"),
 ])
 def test_a_wrong_override_is_one_line_that_names_it(override: str, said: str) -> None:

@@ -182,7 +182,7 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
         path.unlink()
     assert "no weights" in refused(importer.read_torch_folder, place, "crystal")
     (place / "config.json").write_text("{")
-    assert "config.json: Expecting property name" in refused(importer.read_torch_folder, place, "crystal")
+    assert "config.json: damaged (Expecting property name" in refused(importer.read_torch_folder, place, "crystal")
 
 
 def test_bin_files_without_torch_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

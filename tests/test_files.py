@@ -99,11 +99,11 @@ def test_a_kill_leaves_a_hidden_name_that_says_what_it_is(tmp_path: Path, monkey
 
 
 def test_missing_and_damaged_json_is_named(folder) -> None:
-    with pytest.raises(UserError, match=r"/a\.json: .*the file is missing or damaged"):
+    with pytest.raises(UserError, match=r"/a\.json: no such file$"):
         files.read_json(folder / "a.json")
     for data in (b"{", b"\xff", b""):
         files.write_bytes(folder / "a.json", data)
-        with pytest.raises(UserError, match=r"/a\.json: .*the file is missing or damaged"):
+        with pytest.raises(UserError, match=r"/a\.json: damaged \("):
             files.read_json(folder / "a.json")
 
 

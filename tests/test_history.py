@@ -185,10 +185,10 @@ def test_checkpoints_come_from_the_log_until_a_manifest_lists_them(run_dir: Path
 
 
 @pytest.mark.parametrize(("name", "text", "message"), [
-    ("config.json", "{", "config.json: Expecting property name"),
+    ("config.json", "{", "config.json: damaged (Expecting property name"),
     ("config.json", "[]", "config.json: not a JSON object"),
     ("config.json", '{"modle": {}}', "config.modle: unknown field; did you mean model?"),
-    ("manifest.json", "[", "manifest.json: Expecting value"),
+    ("manifest.json", "[", "manifest.json: damaged (Expecting value"),
 ])
 def test_damaged_files_of_a_run_are_named(name: str, text: str, message: str, run_dir: Path) -> None:
     (run_dir / name).write_text(text)

@@ -194,7 +194,10 @@ def test_the_script_refuses_creates_nothing_and_asks_only_when_all_is_well(tmp_p
     pod.cloud.answer("*", stderr="ERROR: (gcloud) You do not currently have an active account selected.", code=1)
     result = pod("preflight")
     assert result.returncode == 1, result.stderr
-    assert "nothing was created" in result.stderr and "BAD" in result.stdout
+    assert "nothing was created" in result.stderr
+    remote = [line for line in result.stdout.splitlines() if line.split()[1] not in preflight.LOCAL]
+    assert remote == ["BAD  login    gcloud auth login; not looked at: 6 checks need a login: type, quota, bucket, "
+                      "rights, network, objects"]
     assert not [call for call in pod.cloud.calls() if "create" in call]
     pod.write("TRAIN_ARGS=(--config=nowhere.py)")
     result = pod("preflight")

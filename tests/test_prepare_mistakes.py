@@ -178,7 +178,7 @@ def change_cases(raw: Path, tmp_path: Path) -> list[tuple[dict[str, Any], str]]:
     return [
         ({"heldout": 0.1}, "heldout is 0.1, but the store there was made with 0.2"),
         ({"tokenizer": other}, r"tokenizer is fingerprint \w+, file tokenizer.json, but .* made with fingerprint"),
-        ({"raw": SourceSpec("jsonl", (str(raw / "00.jsonl"),), id_key="name")}, "inputs is 1 inputs, .* with 3 inputs"),
+        ({"raw": SourceSpec("jsonl", (str(raw / "00.jsonl"),), id_key="name")}, "inputs is 1 input, .* with 3 inputs"),
         ({"raw": grown}, r"inputs is name 02.jsonl, .* made with name 02.jsonl"),
         ({"raw": spec(raw, text_key="body")}, "text_key is body, .* with text"),
         ({"raw": spec(raw, id_key=None)}, "id_key is None, .* with name"),
@@ -252,7 +252,7 @@ BAD = {
     "a number": (b'{"text": 1}\n', r"bad\.jsonl:1: 'text' holds int"),
     "truncated": (zstandard.compress(b'{"text": "x"}\n' * 999)[:-5], r"bad\.jsonl\.zst: truncated"),
     "a flipped bit": (b"\x28\xb5\x2f\xfd" + bytes(range(9, 80)), r"bad\.jsonl\.zst: damaged compressed data"),
-    "nothing in it": (b'{"text": ""}\n', "1 documents read, none kept; look at --input and --text_key"),
+    "nothing in it": (b'{"text": ""}\n', "1 document read, none kept; look at --input and --text_key"),
 }
 
 
@@ -272,11 +272,31 @@ def test_a_bad_input_is_one_line(name: str, tokenizer: Path, tmp_path: Path) -> 
     assert manifest["documents"]["kept"] == 1
 
 
-def test_arguments_that_led_nowhere_may_be_corrected(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="content"):
-        make(spec(raw, text_key="content"), tokenizer, tmp_path)
+def test_arguments_that_led_nowhere_leave_nothing_and_may_be_corrected(raw: Path, tokenizer: Path,
+                                                                       tmp_path: Path) -> None:
+    nulls = tmp_path / "nulls.jsonl"
+    nulls.write_text('{"text": "x", "content": null}\n')
+    for source, message in ((spec(raw, text_key="content"), "content"),
+                            (SourceSpec("jsonl", (str(nulls),), text_key="content"), "1 document read, none kept")):
+        with pytest.raises(UserError, match=message):
+            make(source, tokenizer, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["nulls.jsonl"]
     make(raw, tokenizer, tmp_path)
     assert TokenStore.open(tmp_path / "set" / "one").splits["train"]["tokens"] > 0
+
+
+def test_a_run_that_fails_leaves_other_stores_alone(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+    prepare(spec(raw), "set/other", tokenizer, tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match="no key 'content'"):
+        make(spec(raw, text_key="content"), tokenizer, tmp_path)
+    assert files_of(tmp_path) == before and not (tmp_path / "set" / "one").exists()
+
+
+def test_only_flags_that_the_source_has_are_named(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match=r"set/one: 1 document read, none kept; look at --input$"):
+        make(SourceSpec("text", (str(tmp_path / "a.txt"),)), tokenizer, tmp_path)
 
 
 def test_a_damaged_or_changed_input_is_read_again(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -343,10 +363,11 @@ def test_beam_that_is_not_installed_is_named(raw: Path, tokenizer: Path, tmp_pat
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     with pytest.raises(UserError, match=r"--runner: beam needs the package apache-beam; pip install 'crystal-jax\[b"):
         make(raw, tokenizer, tmp_path, runner="beam")
+    assert not list(tmp_path.iterdir())
 
 
 def test_lost_records_are_named(raw: Path, tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(module.RUNNERS, "local", lambda *_: None)
-    with pytest.raises(UserError, match=r"one: 3 inputs are prepared but not there, the first 00\.jsonl"):
+    with pytest.raises(UserError, match=r"one: 3 inputs prepared but not there, the first 00\.jsonl"):
         make(raw, tokenizer, tmp_path)
     assert Options().shard == (0, 1)

@@ -164,7 +164,7 @@ def test_beam_names_what_is_damaged_and_does_the_rest(raw: Path, tokenizer: Path
     done = subprocess.run(beam, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert "01.jsonl:1: not a line of JSON" in last and "(and 1 more inputs; see *.failed.json in progress/)" in last
+    assert "01.jsonl:1: not a line of JSON" in last and "(and 1 more input; see *.failed.json in progress/)" in last
     assert records(tmp_path / "set" / "one") == ["00000", "00002", "00004", "00005"]
     for index, text in right.items():
         (tmp_path / "raw" / f"0{index}.jsonl").write_text(text)

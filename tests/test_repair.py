@@ -175,7 +175,7 @@ def test_a_finished_store_notices_a_changed_file(one: Path, raw: Path, tokenizer
         make(raw, tokenizer, tmp_path)
     (raw / "01.jsonl").write_text(text)
     make(raw, tokenizer, tmp_path)
-    assert "1 inputs are newer; comparing their sha256" in capsys.readouterr().err
+    assert "1 newer input; comparing sha256" in capsys.readouterr().err
     shutil.copytree(raw, tmp_path / "copy")
     make(tmp_path / "copy", tokenizer, tmp_path)
     assert files_of(one) == before and done == []

@@ -96,8 +96,8 @@ def test_they_read_the_same_rows_of_the_stores_in_the_same_order(world: Path) ->
 
 
 @pytest.mark.parametrize(("variant", "message"), [
-    ("two_phases", r"strategy.py:two_phases: no such variant; did you mean three_phases\?"),
-    ("uniform-", r"strategy.py:uniform-: behind the - comes a number of steps, 100 or more, such as uniform-6000"),
+    ("two_phases", r"'two_phases': no such variant; did you mean three_phases\?"),
+    ("uniform-", r"'uniform-': behind the - comes a number of steps, 100 or more, such as uniform-6000"),
     ("uniform-99", r"a number of steps, 100 or more"),
 ])
 def test_a_wrong_variant_is_one_line(variant: str, message: str) -> None:

@@ -247,6 +247,18 @@ def test_the_command_refuses(run_cli, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_another_tokenizer_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abba " * 50)
+    output, train = tmp_path / "t.json", tokenizer_training.train
+    for _ in range(2):
+        train([str(tmp_path / "a.txt")], SMALLEST, output)
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=r"--output: .*t\.json is another file already.*another name, or remove it"):
+        train([str(tmp_path / "a.txt")], SMALLEST + 2, output)
+    assert output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "t.json"]
+
+
 def test_a_large_corpus_is_thinned_by_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"document {index}"}) for index in range(2000)]
     random.Random(1).shuffle(lines)

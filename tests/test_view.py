@@ -139,9 +139,12 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 def test_a_view_without_tokens_is_refused(tmp_path: Path) -> None:
     make_store(tmp_path / "small", [[5], []])
+    make_store(tmp_path / "one", [[5]])
     opened = TokenStore.open(tmp_path / "small")
     with pytest.raises(UserError, match=r"no tokens in files = odd, first = 1.0"):
         opened.view("train", "odd")
+    with pytest.raises(UserError, match="one: has 1 input, and none for files = odd; give `prepare` several"):
+        TokenStore.open(tmp_path / "one").view("train", "odd")
     with pytest.raises(UserError, match=r"no tokens in files = all, first = 0.1"):
         opened.view("train", first=0.1)
 

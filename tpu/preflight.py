@@ -8,7 +8,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,8 @@ GOOD, DOUBTFUL, BAD = "ok", "?", "BAD"
 GIB = 2**30
 MFU = (0.4, 0.5, 0.6)
 WRITERS = {"roles/storage.objectAdmin", "roles/storage.objectUser", "roles/storage.admin"}
-REFUSALS = ("NOT_FOUND", "not found", "PERMISSION_DENIED", "403", "matched no objects", "active account", "INVALID")
+REFUSALS = ("NOT_FOUND", "not found", "PERMISSION_DENIED", "403", "matched no objects", "INVALID")
+NO_LOGIN = ("active account", "gcloud auth login")
 LOST_MINUTES = 30  # between rolling states: more than this costs a spot run dearly
 
 
@@ -54,6 +55,10 @@ class Job:
         return self.zone.rsplit("-", 1)[0]
 
 
+class LoggedOut(Exception):
+    """No account is active, or its login has expired."""
+
+
 class Unknown(Exception):
     """What can't be learned on this machine."""
 
@@ -62,8 +67,15 @@ Line = tuple[str, str]  # GOOD, DOUBTFUL or BAD, and what was found
 
 
 def ask(*argv: str) -> Answer:
-    """One question to gcloud."""
-    return call(["gcloud", *argv], seconds=120)
+    """One question to gcloud.
+
+    Raises:
+      LoggedOut: it wants a login first.
+    """
+    answer = call(["gcloud", *argv], seconds=120)
+    if answer.code and any(text in answer.error for text in NO_LOGIN):
+        raise LoggedOut
+    return answer
 
 
 def failed(answer: Answer, mend: str) -> Line:
@@ -280,6 +292,8 @@ def check_cost(job: Job) -> Iterator[Line]:
 
 PLACED = ("type", "quota", "bucket", "network")
 """Of each zone."""
+LOCAL = ("memory", "cost")
+"""Need no login."""
 CHECKS: dict[str, Callable[[Job], Iterator[Line]]] = {
     "type": check_type, "quota": check_quota, "bucket": check_bucket, "rights": check_rights,
     "network": check_network, "objects": check_objects, "memory": check_fit, "cost": check_cost,
@@ -304,16 +318,33 @@ def read_jobs(argv: list[str] | None) -> tuple[list[Job], bool]:
                 args.service_account, args.subnetwork, loaded) for zone in args.zones.split(",")], args.yes
 
 
+def run_checks(jobs: list[Job], names: Iterable[str]) -> int:
+    """Prints the lines of these checks; how many of them are bad.
+
+    Raises:
+      LoggedOut: one of them needs a login.
+    """
+    bad = 0
+    for name in names:
+        asked = jobs if name in PLACED else jobs[:1]
+        for level, text in dict.fromkeys(line for job in asked for line in CHECKS[name](job)):
+            print(f"{level:4} {name:8} {text}", flush=True)
+            bad += level == BAD
+    return bad
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the checks; 0 if none is bad and the question was answered with yes."""
     try:
         jobs, yes = read_jobs(argv)
-        bad = 0
-        for name, check in CHECKS.items():
-            asked = jobs if name in PLACED else jobs[:1]
-            for level, text in dict.fromkeys(line for job in asked for line in check(job)):
-                print(f"{level:4} {name:8} {text}", flush=True)
-                bad += level == BAD
+        remote = [name for name in CHECKS if name not in LOCAL]
+        try:
+            bad = run_checks(jobs, remote)
+        except LoggedOut:
+            print(f"{BAD:4} login    gcloud auth login; not looked at: {len(remote)} checks need a login: "
+                  f"{', '.join(remote)}", flush=True)
+            bad = 1
+        bad += run_checks(jobs, LOCAL)
     except UserError as error:
         print(f"tpu/preflight: {error}", file=sys.stderr)
         return error.exit_code

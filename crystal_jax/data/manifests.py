@@ -4,6 +4,7 @@ This file owns which inputs are done, and the sums. Its invariant: what was read
 by reason, in each manifest.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ from typing import Any
 from etils import epath
 
 from crystal_jax import files
-from crystal_jax.data import store
+from crystal_jax.data import readers, store
 from crystal_jax.data.tasks import CONTROL, DROPPED, PROGRESS, Task, input_sha256, place, record
 from crystal_jax.data.tokenizer import Tokenizer
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 
 REQUESTS = 16
 """Records that are read at once: on gs:// each waits for an answer."""
@@ -57,6 +58,17 @@ def read_records(tasks: Sequence[Task], compare: Collection[int] = ()) -> dict[i
         return {task.index: about for task, about in found if about is not None}
 
 
+def has_kept(folder: epath.Path) -> bool:
+    """Whether a record of an unfinished store tells of a document that was kept, or of an input that failed."""
+    for name in files.list_files(folder / PROGRESS):
+        if name.removesuffix(".json").partition(".")[0].isdigit():
+            with contextlib.suppress(UserError):  # a damaged record is none
+                found = files.read_json(folder / PROGRESS / name)
+                if "error" in found or any(counts["kept"] for counts in found["counts"].values() if "kept" in counts):
+                    return True
+    return False
+
+
 def write_manifests(stores: dict[str, epath.Path], name: str, arguments: dict[str, Any], records: Sequence[Record],
                     tokenizer: Tokenizer) -> list[Manifest]:
     """Completes the store of each part; `records` are those of all inputs, in order.
@@ -69,7 +81,8 @@ def write_manifests(stores: dict[str, epath.Path], name: str, arguments: dict[st
     for found in counts.values():
         whole.update(found)
     if not whole["kept"]:
-        raise UserError(f"{name}: {whole['read']} documents read, none kept; look at --input and --text_key")
+        flags = "--input and --text_key" if "text_key" in readers.options(arguments["source"]) else "--input"
+        raise UserError(f"{name}: {counted(whole['read'], 'document')} read, none kept; look at {flags}")
     inputs = [{**item, "sha256": found["sha256"]} for item, found in zip(arguments["inputs"], records, strict=True)]
     manifests = []
     for part, path in stores.items():
@@ -118,7 +131,7 @@ def summary(manifest: Manifest) -> str:
     duplicates = documents["duplicate_ids_within_inputs"]
     twice = f"; {duplicates:,} ids came again within an input" if duplicates else ""
     return (
-        f"{manifest['name']}: {documents['kept']:,} documents, {tokens:,} tokens "
+        f"{manifest['name']}: {counted(documents['kept'], 'document')}, {tokens:,} tokens "
         f"({splits['heldout']['tokens']:,} held out), {ratio}"
         f"dropped {sum(documents['dropped'].values()):,}" + (f" ({reasons})" if reasons else "") + twice
     )

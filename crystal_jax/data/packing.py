@@ -32,7 +32,7 @@ from etils import epath
 from crystal_jax import files
 from crystal_jax.config import digest
 from crystal_jax.data.store import MANIFEST, SPLITS, Piece, TokenStore, read_digested
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, reason
 
 PARTS = ("rows", "pieces")
 
@@ -230,7 +230,7 @@ def read_plan(store: TokenStore, length: int) -> dict[str, Any]:
         try:
             found = files.file_size(folder / name)
         except OSError as error:
-            raise UserError(f"{folder / name}: can't be read ({error}); {way_out}") from error
+            raise UserError(f"{folder / name}: can't be read ({reason(error)}); {way_out}") from error
         if found != size:
             raise UserError(f"{folder / name}: {found} bytes, the manifest says {size}; {way_out}")
     return manifest

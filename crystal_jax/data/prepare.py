@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import shutil
 import sys
@@ -24,15 +25,15 @@ from crystal_jax import files
 from crystal_jax.config import digest
 from crystal_jax.data import readers, store
 from crystal_jax.data.fast_tokenizer import ENGINES
-from crystal_jax.data.manifests import Manifest, read_records, summary, write_manifests
+from crystal_jax.data.manifests import Manifest, has_kept, read_records, summary, write_manifests
 from crystal_jax.data.options import DEFAULTS, RESERVED, Options, check_name, check_options
 from crystal_jax.data.packing import write_plan
 from crystal_jax.data.readers import Input, SourceSpec
 from crystal_jax.data.repair import check_inputs, damaged_shards, mend
-from crystal_jax.data.runners import run_beam, run_local
+from crystal_jax.data.runners import check_beam, run_beam, run_local
 from crystal_jax.data.tasks import PROGRESS, Task, identity, record, scratch
 from crystal_jax.data.tokenizer import Tokenizer
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 
 MANY = 10_000
 """Inputs above which a store is slow to open: 5 s with 59,166."""
@@ -69,7 +70,9 @@ def prepare(source: SourceSpec, name: str, tokenizer: str | Path, output: str | 
     if manifests and not damaged:
         print(f"{job.folder}: done already", file=sys.stderr)
     if not manifests or damaged or (job.folder / PROGRESS).exists():
-        with _locked(job):
+        if options.runner == "beam":
+            check_beam()
+        with _locked(job), _withdrawing(job):
             manifests = manifests or _finished(job) or _prepare_inputs(job)
             if not manifests:
                 return []
@@ -181,6 +184,32 @@ def _locked(job: Job) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _withdrawing(job: Job) -> Iterator[None]:
+    """Leaves nothing of a run that fails before it has kept anything: a corrected one finds the name free."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError, UserError):  # what can't be looked at is left alone
+            finished = any(files.exists(path / store.MANIFEST) for path in job.stores.values())
+            if job.options.shard[1] == 1 and not finished and not has_kept(job.folder):
+                _clear(job)
+                _remove_shards(job)
+        raise
+
+
+def _remove_shards(job: Job) -> None:
+    for path in job.stores.values():
+        for split in store.SPLITS:
+            with contextlib.suppress(OSError):
+                (path / split).rmtree()
+    if not files.is_remote(job.folder):
+        parents = itertools.islice(job.folder.parents, job.name.count("/"))
+        for path in (*job.stores.values(), job.folder, *parents):
+            with contextlib.suppress(OSError):  # of other stores
+                os.rmdir(path)
+
+
 def _begin(job: Job) -> None:
     """Writes down the arguments, or checks that the run that has records began with the same."""
     arguments = _names_only(job.arguments)
@@ -203,7 +232,7 @@ def _check_same(folder: epath.Path, arguments: dict[str, Any], earlier: dict[str
             before, value = (f"fingerprint {found['fingerprint']}, file {found['file']}" for found in (before, value))
         if field == "inputs":
             pairs = [(old, new) for old, new in zip(before, value, strict=False) if old != new]
-            before, value = pairs[0] if pairs else (f"{len(before)} inputs", f"{len(value)} inputs")
+            before, value = pairs[0] if pairs else (counted(len(before), "input"), counted(len(value), "input"))
         raise UserError(f"{folder}: {field} is {_plain(value)}, but the store there was made with {_plain(before)}; "
                         "give the same, choose another --name, or remove the folder")
 
@@ -256,8 +285,8 @@ def _prepare_inputs(job: Job) -> list[Manifest]:
     if finished := _finished(job):
         return finished
     if lost := [task for task in job.tasks[index::count] if task.index not in done]:
-        raise UserError(f"{job.folder}: {len(lost)} inputs are prepared but not there, the first {lost[0].item.name}; "
-                        "can all workers write to --output? Run the same command again")
+        raise UserError(f"{job.folder}: {counted(len(lost), 'input')} prepared but not there, the first "
+                        f"{lost[0].item.name}; can all workers write to --output? Run the same command again")
     print(f"{job.folder}: shard {index}/{count} is done; {len(done)} of {len(job.tasks)} inputs are there; the last "
           "shard finishes the store, or the same command without --shard", file=sys.stderr)
     return []

@@ -20,7 +20,7 @@ from crystal_jax.data.manifests import Manifest, read_records
 from crystal_jax.data.readers import Input
 from crystal_jax.data.store import PARTS, SPLITS, Listed, listed, missing_or_resized
 from crystal_jax.data.tasks import PROGRESS, Task, input_sha256, place, scratch
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 
 FOLDER = "repair"
 """Below a store's folder of progress: where shards are prepared once more."""
@@ -110,7 +110,7 @@ def check_inputs(items: Sequence[Input], path: epath.Path, manifest: Manifest) -
              if item.changed is not None and item.changed >= written and "sha256" in about]
     if not newer:
         return
-    print(f"{path.parent}: {len(newer)} inputs are newer; comparing their sha256", file=sys.stderr)
+    print(f"{path.parent}: {counted(len(newer), 'newer input')}; comparing sha256", file=sys.stderr)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(input_sha256, [item for item, _ in newer])
         for wanted, now in zip([sha256 for _, sha256 in newer], found, strict=True):

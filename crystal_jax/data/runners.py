@@ -7,6 +7,7 @@ that is started here ends with the one that started it.
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from crystal_jax import files
 from crystal_jax.data.tasks import PROGRESS, Task, prepare_input, record
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 
 POLL_SECONDS = 0.5
 AHEAD = 4
@@ -145,6 +146,12 @@ def _count(size: int, tokens: int) -> None:
         _done[1] += tokens
 
 
+def check_beam() -> None:
+    """Raises UserError where apache-beam isn't installed."""
+    if importlib.util.find_spec("apache_beam") is None:
+        raise UserError("--runner: beam needs the package apache-beam; pip install 'crystal-jax[beam]'")
+
+
 def run_beam(tasks: list[Task], options: str) -> None:
     """Prepares each task's input on Apache Beam, whose `options` are those of its own command line.
 
@@ -152,13 +159,11 @@ def run_beam(tasks: list[Task], options: str) -> None:
     that is damaged doesn't stop the others.
 
     Raises:
-      UserError: apache-beam isn't installed; inputs that are damaged, the first one by name.
+      UserError: inputs that are damaged, the first one by name.
     """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError as error:
-        raise UserError("--runner: beam needs the package apache-beam; pip install 'crystal-jax[beam]'") from error
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     for failure in _failures(tasks):  # of an earlier run
         failure.unlink()
     # In a file, since Dataflow takes pipelines of up to 10 MB: 3,000 inputs of 16 files.
@@ -171,8 +176,8 @@ def run_beam(tasks: list[Task], options: str) -> None:
         _ = numbers | beam.Map(_attempt, os.fspath(listed))
     errors = [files.read_json(failure)["error"] for failure in _failures(tasks)]
     if errors:
-        more = f" (and {len(errors) - 1} more inputs; see *{FAILED}.json in {PROGRESS}/)" if errors[1:] else ""
-        raise UserError(f"{errors[0]}{more}")
+        others = counted(len(errors) - 1, "more input")
+        raise UserError(errors[0] + (f" (and {others}; see *{FAILED}.json in {PROGRESS}/)" if errors[1:] else ""))
 
 
 def _failures(tasks: list[Task]) -> list[epath.Path]:

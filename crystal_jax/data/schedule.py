@@ -1,8 +1,9 @@
 """Which sequence of which source stands at which position: exact, in closed form, without state.
 
-A phase of steps * batch positions is dealt out by quotas: at every prefix each source has given its share to within
-two sequences, and at the phase's end its quota exactly. Position -> (source, ordinal), its inverse and the counts are
-all O(sources). Each epoch of a source is read in an order of its own, by a permutation that is computed, not stored.
+A phase of steps * batch positions is dealt out by quotas: at every prefix each source has given its share, of up to
+11 sources to within two sequences, and at the phase's end its quota exactly. Position -> (source, ordinal), its inverse
+and the counts are all O(sources). Each epoch of a source is read in an order of its own, by a permutation that is
+computed, not stored.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ class Interleave:
     """The order of sources within a phase.
 
     The largest source is spread evenly over all positions, the next over the positions that are left, and so on: a
-    chain of rounded shares. With the largest first, rounding errors shrink along the chain.
+    chain of rounded shares. With the largest first, rounding errors shrink along the chain: with n sources they stay
+    within (1 + 1 + 1/2 + ... + 1/(n-1)) / 2 sequences.
     """
 
     names: tuple[str, ...]

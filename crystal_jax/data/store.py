@@ -30,7 +30,7 @@ from etils import epath
 from crystal_jax import files
 from crystal_jax.config import digest
 from crystal_jax.data.view import BLOCK, Piece, Shards, ShardSpan, TokenView
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted, reason
 from crystal_jax.files import Location
 
 __all__ = ["BLOCK", "FORMAT", "MANIFEST", "ORDINALS", "PARTS", "SPLITS", "Documents", "Listed", "Piece",
@@ -131,9 +131,12 @@ class TokenStore:
           UserError: nothing is left to read.
         """
         shards = self.splits[split]["shards"]
+        folder, total = self.path / split, len(shards)
         if files != "all":
             shards = Shards(shard for shard in shards if shard["ordinal"] % 2 in ORDINALS[files])
-        folder = self.path / split
+        if not len(shards):
+            raise UserError(f"{self.path}: has {counted(total, 'input')}, and none for files = {files}; give `prepare` "
+                            "several files, or read files = all")
         view = TokenView(folder, shards, tokens_dtype(self.vocab_size), first, self._check_blocks)
         if view.num_tokens == 0:
             raise UserError(f"{folder}: no tokens in files = {files}, first = {first}; read more of it or prepare more")
@@ -262,7 +265,7 @@ def read_digested(file: epath.Path, missing: str, way_out: str) -> dict[str, Any
     except FileNotFoundError as error:
         raise UserError(missing) from error
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: can't be read ({error}); {way_out}") from error
+        raise UserError(f"{file}: can't be read ({reason(error)}); {way_out}") from error
     if manifest.get("digest") != digest(body):
         raise UserError(f"{file}: damaged, its contents don't have the digest it states; {way_out}")
     return manifest

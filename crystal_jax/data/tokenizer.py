@@ -20,7 +20,7 @@ from etils import epath
 from crystal_jax import files
 from crystal_jax.config import digest
 from crystal_jax.data.words import SPACE, UNCUT, WordTable, words_of
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 CONTROL_TOKENS = tuple(
@@ -220,7 +220,8 @@ def _check_family(path: epath.Path, spec: dict[str, Any]) -> None:
     missing = [token for token in ("<s>", "</s>") if token not in contents]
     missing += [token for token in BYTE_TOKENS if token not in model["vocab"]]
     if missing:
-        raise UserError(f"{path}: has no {missing[0]} ({len(missing)} tokens missing in all); documents need it")
+        raise UserError(f"{path}: has no {missing[0]} ({counted(len(missing), 'token')} missing in all); documents "
+                        "need it")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -25,7 +25,8 @@ def train(inputs: list[str], vocab_size: int, output: str | Path, text_key: str 
     """Trains a tokenizer on `inputs` (pystd-code, pystd-text, files of JSON lines, folders of text) and writes it.
 
     Raises:
-      UserError: an input that is missing or damaged, an output that can't be written, a wrong vocab_size.
+      UserError: an input that is missing or damaged, an output that can't be written or is another file already, a
+        wrong vocab_size.
     """
     output = Path(output)
     check_vocab_size(vocab_size)
@@ -39,6 +40,9 @@ def train(inputs: list[str], vocab_size: int, output: str | Path, text_key: str 
         partial.touch()
         engine = train_tokenizer(_training_texts(listed), vocab_size)
         partial.write_text(engine.to_str(pretty=True), encoding="utf-8")
+        if output.exists() and output.read_bytes() != partial.read_bytes():
+            raise UserError(f"--output: {output} is another file already, perhaps the tokenizer of stores; give "
+                            "another name, or remove it")
         partial.replace(output)
     except OSError as error:
         raise UserError(f"--output: {output} can't be written ({error.strerror})") from error

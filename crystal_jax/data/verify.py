@@ -33,7 +33,7 @@ from crystal_jax.data.store import (
     size_problem,
     tokens_dtype,
 )
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, counted, reason
 
 NAMED = 8
 """Blocks or tokens of a file that are named; the others are counted."""
@@ -124,7 +124,7 @@ class _Checker:
                 with self._lock:
                     self._progress(len(block))
         except (OSError, UserError) as error:
-            return f"{self._folder / file.name}: can't be read ({error})"
+            return f"{self._folder / file.name}: can't be read ({reason(error)})"
         sha256 = value.hexdigest()
         if sha256 == file.sha256:
             return None
@@ -187,8 +187,7 @@ def main(args: argparse.Namespace) -> int:
         problems = verify(args.store, bar.update)
     if problems:
         print("\n".join(problems))
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{args.store}: {count}; the same `prepare` command with --repair mends its shards, or copy "
-                        "the store again")
+        raise UserError(f"{args.store}: {counted(len(problems), 'problem')}; the same `prepare` command with --repair "
+                        "mends its shards, or copy the store again")
     print(f"{args.store}: every file is as prepared")
     return 0

@@ -25,7 +25,7 @@ from crystal_jax.data.readers.base import Document, Documents, Dropped, Input, R
 from crystal_jax.errors import UserError
 
 __all__ = ["READERS", "Document", "Documents", "Dropped", "Input", "Reader", "SourceSpec", "Tokens", "guess_source",
-           "heldout", "list_inputs", "parts", "read_input", "split_commas", "split_inputs"]
+           "heldout", "list_inputs", "options", "parts", "read_input", "split_commas", "split_inputs"]
 
 READERS: dict[str, Reader] = {
     "pystd-code": pystd.CODE,
@@ -69,6 +69,11 @@ def parts(source: SourceSpec) -> tuple[str, ...]:
 def heldout(source: SourceSpec) -> float:
     """The share of the documents that is kept out of training unless the user says; none of published rows."""
     return _reader(source).heldout
+
+
+def options(kind: str) -> frozenset[str]:
+    """Fields of SourceSpec, other than kind and inputs, that a source of this kind takes."""
+    return _reader(SourceSpec(kind)).options
 
 
 def _reader(source: SourceSpec) -> Reader:

@@ -21,7 +21,7 @@ BATCH_ROWS = 256
 
 def list_inputs(source: SourceSpec) -> list[Input]:
     """An input per file, or per files_per_input of them."""
-    files = list_files(source, FILES)
+    files = list_files(source, FILES, ".h5 or .hdf5")
     return group(files, range(len(files)), source.files_per_input)
 
 

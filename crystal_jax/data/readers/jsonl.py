@@ -16,12 +16,13 @@ from crystal_jax.errors import UserError
 
 ENDING = ".jsonl"
 FILES = re.compile(r"\.jsonl(\.gz|\.zst)?$")
+CALLED = ".jsonl, .jsonl.gz or .jsonl.zst"
 OPTIONS = frozenset({"text_key", "id_key", "split_by", "split_names", "files_per_input"})
 
 
 def list_inputs(source: SourceSpec) -> list[Input]:
     """An input per file, or per files_per_input of them."""
-    files = list_files(source, FILES)
+    files = list_files(source, FILES, CALLED)
     return group(files, range(len(files)), source.files_per_input)
 
 

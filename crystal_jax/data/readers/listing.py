@@ -32,8 +32,10 @@ class File:
     """When it changed last: nanoseconds since 1970, 0 where the storage doesn't tell."""
 
 
-def list_files(source: SourceSpec, pattern: re.Pattern[str]) -> list[File]:
+def list_files(source: SourceSpec, pattern: re.Pattern[str], called: str) -> list[File]:
     """Every file that the source names, in natural order of the names; in folders, those whose path fits.
+
+    called: the pattern in words, for errors.
 
     Raises:
       UserError: no file is named or found, one is named twice.
@@ -43,7 +45,7 @@ def list_files(source: SourceSpec, pattern: re.Pattern[str]) -> list[File]:
     found: dict[str, tuple[int, int]] = {}
     seen: dict[str, str] = {}
     for item in source.inputs:
-        for path, looked_at in _expand(item, pattern):
+        for path, looked_at in _expand(item, pattern, called):
             real = path if is_remote(path) else os.path.realpath(path)
             if real in seen:
                 raise UserError(f"--input: {path} is listed twice (also as {seen[real]}); name it once")
@@ -61,13 +63,13 @@ def natural(name: str) -> list[tuple[int, str]]:
             for piece, odd in zip(NUMBER.split(name), itertools.cycle((False, True)))]  # fmt: skip
 
 
-def _expand(item: str, pattern: re.Pattern[str]) -> list[tuple[str, tuple[int, int]]]:
+def _expand(item: str, pattern: re.Pattern[str], called: str) -> list[tuple[str, tuple[int, int]]]:
     """(path, (bytes, time of change)) of the files behind a file, a folder or a glob; hidden files are left out."""
     folder, found = _expand_remote(item) if is_remote(item) else _expand_local(item)
     if folder:
         found = {path: looked_at for path, looked_at in found.items() if pattern.search(path)}
     if not found:
-        state = "holds no file to read" if folder else "no such file"
+        state = f"holds no file to read ({called})" if folder else "no such file"
         raise UserError(f"--input: {item}: {state}; give an existing file, folder or glob")
     return sorted(found.items())
 

@@ -15,13 +15,14 @@ from crystal_jax.data.readers.listing import group, list_files, one_line, open_i
 from crystal_jax.errors import UserError
 
 FILES = re.compile(r"\.parquet$")
+CALLED = ".parquet"
 BATCH_ROWS = 64
 BUFFER_BYTES = 1 << 20
 
 
 def list_inputs(source: SourceSpec) -> list[Input]:
     """An input per file, or per files_per_input of them."""
-    files = list_files(source, FILES)
+    files = list_files(source, FILES, CALLED)
     return group(files, range(len(files)), source.files_per_input)
 
 

@@ -13,6 +13,7 @@ from crystal_jax.data.readers.listing import group, list_files
 from crystal_jax.errors import UserError
 
 FILES = re.compile(r"/chunk\d+/example_(?:train_)?(\d+)\.jsonl\.zst$")
+CALLED = "chunkN/example_train_M.jsonl.zst"
 SPLIT_BY = "meta.redpajama_set_name"
 PARTS = ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")
 SPLIT_NAMES = tuple((f"RedPajama{part}", part) for part in PARTS)
@@ -20,13 +21,13 @@ SPLIT_NAMES = tuple((f"RedPajama{part}", part) for part in PARTS)
 
 def list_inputs(source: SourceSpec) -> list[Input]:
     """An input per training file; its ordinal is the number in the file's name."""
-    files = list_files(source, FILES)
+    files = list_files(source, FILES, CALLED)
     ordinals = []
     for file in files:
         match = FILES.search(file.path)
         if match is None:
-            raise UserError(f"--input: {file.path}: SlimPajama's training files are called "
-                            "chunkN/example_train_M.jsonl.zst; use --source=jsonl for others")
+            raise UserError(f"--input: {file.path}: SlimPajama's training files are called {CALLED}; use "
+                            "--source=jsonl for others")
         ordinals.append(int(match[1]))
     return group(files, ordinals, source.files_per_input)
 

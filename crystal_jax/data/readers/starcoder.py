@@ -49,7 +49,7 @@ def list_inputs(source: SourceSpec) -> list[Input]:
     for language in source.languages:
         if language not in LANGUAGES:
             raise UserError(f"--languages: {language!r} is no folder of StarCoderData{nearest(language, LANGUAGES)}")
-    files = list_files(source, parquet.FILES)
+    files = list_files(source, parquet.FILES, parquet.CALLED)
     found = {language_of(file.path): file.path for file in files}
     for language, path in found.items():
         if language not in LANGUAGES:

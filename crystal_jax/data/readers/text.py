@@ -14,7 +14,7 @@ ANY = re.compile("")
 
 def list_inputs(source: SourceSpec) -> list[Input]:
     """All files, dealt into a few inputs."""
-    return deal(source.kind, list_files(source, ANY))
+    return deal(source.kind, list_files(source, ANY, "of any name"))
 
 
 def read(_: SourceSpec, item: Input) -> Documents:
