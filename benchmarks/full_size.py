@@ -93,7 +93,8 @@ class DryRun:
             batch = self.batches[step]
         rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
         same = [bool(np.array_equal(rows[draw.slot], self.written(draw))) for draw in draws]
-        parts = [Batches(self.config, self.stores, Part(HOSTS, (host,), (host,)).slots)[step] for host in (0, HOSTS - 1)]
+        parts = [Batches(self.config, self.stores, Part(HOSTS, (host,), (host,)).slots)[step]
+                 for host in (0, HOSTS - 1)]
         share = len(rows) // HOSTS
         names = sorted(self.config.sources)
         return {

@@ -51,6 +51,12 @@ def reason(error: BaseException) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else str(getattr(error, "strerror", None) or error)
 
 
+def install(name: str) -> str:
+    """The command that installs requirements/NAME.txt of the checkout: the versions that were tested together."""
+    checks = "" if name == "torch" else "--no-deps --require-hashes "
+    return f"pip install {checks}-r requirements/{name}.txt"
+
+
 def counted(number: int, noun: str) -> str:
     """1 input, 2 inputs."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from crystal_jax.errors import UserError, first_line, reason
+from crystal_jax.errors import UserError, first_line, install, reason
 
 PARTIAL = ".partial-"
 """In the name of a file that is still being written; a kill leaves it behind."""
@@ -49,7 +49,7 @@ def as_path(value: Location) -> epath.Path:
         if not text.startswith("gs://"):
             raise UserError(f"{text}: storage of another kind; give a local path or gs://BUCKET/...")
         if not _can_gs():
-            raise UserError(f"{text}: gs:// needs the package gcsfs; pip install 'crystal-jax[gcs]'")
+            raise UserError(f"{text}: gs:// needs the package gcsfs; {install('data')}")
     return epath.Path(text)
 
 

@@ -10,7 +10,7 @@ import os
 import jax
 from jax.experimental import topologies
 
-from crystal_jax.errors import UserError, first_line
+from crystal_jax.errors import UserError, first_line, install
 from crystal_jax.generations import Slice
 
 ENVIRONMENT = {
@@ -21,7 +21,7 @@ ENVIRONMENT = {
 }
 """Of a process that describes devices: set before it imports JAX."""
 
-MISSING = "libtpu isn't installed, which holds the TPU compiler; no TPU is needed: pip install 'crystal-jax[tpu]'"
+MISSING = f"libtpu isn't installed, which holds the TPU compiler; no TPU is needed: {install('tpu')}"
 
 
 def is_installed() -> bool:

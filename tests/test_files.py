@@ -40,7 +40,7 @@ def test_other_storage_is_refused(path: str) -> None:
 
 def test_without_the_package_one_line_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_can_gs", lambda: False)
-    with pytest.raises(UserError, match=r"gs://a/b: gs:// needs the package gcsfs; pip install 'crystal-jax\[gcs\]'"):
+    with pytest.raises(UserError, match=r"gs://a/b: gs:// needs the package gcsfs; pip install .*data.txt"):
         files.as_path("gs://a/b")
     assert files.as_path("a/b").name == "b"
 

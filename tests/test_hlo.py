@@ -148,6 +148,58 @@ ENTRY %main (a: f32[8]) -> f32[16] {
 """
 
 
+RELAID = """\
+%relaid (r: bf16[32,64]) -> bf16[32,64] {
+  %r = bf16[32,64]{1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copied = bf16[32,64]{1,0:T(8,128)(2,1)} copy(%r)
+}
+
+%plain (q: bf16[64,64]) -> bf16[64,64] {
+  %q = bf16[64,64]{1,0} parameter(0)
+  ROOT %same = bf16[64,64]{1,0} bitcast(%q)
+}
+
+%row (stack: bf16[32,64], i: s32[]) -> bf16[1,64] {
+  %stack = bf16[32,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %sliced = bf16[1,64]{1,0} dynamic-slice(%stack, %i, %i), dynamic_slice_sizes={1,64}
+}
+
+%kept (k: bf16[32,64], u: bf16[1,64], j: s32[]) -> bf16[32,64] {
+  %k = bf16[32,64]{1,0:T(16,128)(2,1)} parameter(0)
+  %other = bf16[32,64]{1,0:T(8,128)(2,1)} fusion(%k), kind=kLoop, calls=%relaid
+  %u = bf16[1,64]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %updated = bf16[32,64]{1,0} dynamic-update-slice(%other, %u, %j, %j)
+}
+
+%multiplied (m: bf16[32,64], n: s32[], w: bf16[64,64]) -> bf16[1,64] {
+  %m = bf16[32,64]{1,0:T(16,128)(2,1)} parameter(0)
+  %n = s32[] parameter(1)
+  %turned = bf16[32,64]{1,0:T(8,128)(2,1)} fusion(%m), kind=kLoop, calls=%relaid
+  %taken = bf16[1,64]{1,0} fusion(%turned, %n), kind=kLoop, calls=%row
+  %w = bf16[64,64]{1,0} parameter(2)
+  %whole = bf16[64,64]{1,0} fusion(%w), kind=kLoop, calls=%plain
+  ROOT %product = bf16[1,64]{1,0} convolution(%taken, %whole), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: bf16[32,64], b: bf16[64,64]) -> bf16[32,64] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[64,64]{1,0} parameter(1)
+  %at = s32[] constant(3)
+  %found = bf16[1,64]{1,0} fusion(%a, %at, %b), kind=kOutput, calls=%multiplied
+  ROOT %last = bf16[32,64]{1,0} fusion(%a, %found, %at), kind=kLoop, calls=%kept
+}
+"""
+
+
+def test_another_layout_inside_a_fusion_moves_nothing() -> None:
+    """Of a stack that is laid out anew a row is read or written; of an operand of a product, all."""
+    product, kept = Program(RELAID).events
+    assert isinstance(product, Op) and product.bytes == 2 * (64 + 64 * 64 + 64) + 4
+    assert isinstance(kept, Op) and kept.bytes == 2 * (64 + 64) + 4
+
+
 def test_a_collective_begins_where_it_gets_its_operand() -> None:
     other, start, done = Program(LATE).events
     assert isinstance(other, Op) and isinstance(start, Start) and not start.waits

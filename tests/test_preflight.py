@@ -85,7 +85,7 @@ def test_a_mesh_that_does_not_fit_is_bad_and_no_compiler_is_doubtful(monkeypatch
     monkeypatch.undo()
     monkeypatch.setattr("crystal_jax.topology.is_installed", lambda: False)
     (level, text), = preflight.check_fit(make_job())
-    assert level == DOUBTFUL and "isn't known" in text and "crystal-jax[tpu]" in text
+    assert level == DOUBTFUL and "isn't known" in text and "requirements/tpu.txt" in text
 
 
 def test_rolling_states_must_be_often_on_spot() -> None:

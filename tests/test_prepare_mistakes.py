@@ -293,6 +293,15 @@ def test_a_run_that_fails_leaves_other_stores_alone(raw: Path, tokenizer: Path, 
     assert files_of(tmp_path) == before and not (tmp_path / "set" / "one").exists()
 
 
+def test_a_folder_of_something_else_is_left_alone(raw: Path, tokenizer: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "set" / "one" / "train" / "corpus.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="holds train but is no token store"):
+        make(spec(raw, text_key="content"), tokenizer, tmp_path)
+    assert files_of(tmp_path) == {"set/one/train/corpus.jsonl": b"mine"}
+
+
 def test_only_flags_that_the_source_has_are_named(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match=r"set/one: 1 document read, none kept; look at --input$"):
@@ -361,7 +370,7 @@ def test_a_full_disk_is_one_line(moment: str, raw: Path, tokenizer: Path, tmp_pa
 
 def test_beam_that_is_not_installed_is_named(raw: Path, tokenizer: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"--runner: beam needs the package apache-beam; pip install 'crystal-jax\[b"):
+    with pytest.raises(UserError, match=r"--runner: beam needs the package apache-beam; pip install .*data.txt"):
         make(raw, tokenizer, tmp_path, runner="beam")
     assert not list(tmp_path.iterdir())
 

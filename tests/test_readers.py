@@ -264,8 +264,8 @@ def test_a_disk_that_fails_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "package", "message"), [
-    ("tfds:x", "tensorflow_datasets", r"needs tensorflow_datasets; pip install 'crystal-jax\[seqio\]'"),
-    ("seqio:x", "seqio", r"seqio can't be imported \(ModuleNotFoundError.*pip install 'crystal-jax\[seqio\]'"),
+    ("tfds:x", "tensorflow_datasets", r"needs tensorflow_datasets; pip install .*data.txt"),
+    ("seqio:x", "seqio", r"seqio can't be imported \(ModuleNotFoundError.*pip install .*data.txt"),
 ])  # fmt: skip
 def test_a_package_that_is_not_installed_is_named(kind: str, package: str, message: str,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,11 @@ LAYOUTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((3, 1, 1), {"fill_batch": True}),
     ((3, 1, 2), {"fill_batch": True, "accumulate": 2}),
 ]
-"""(data, fsdp, tensor and slice, fields of config.training) on 1 to 8 devices; three don't divide the batch of eight."""
+"""(data, fsdp, tensor and slice, fields of config.training) on 1 to 8 devices; data = 3 doesn't divide the batch."""
 STEPS = 20
 LENGTH = 16
 ROWS = "mesh axis slice x data x fsdp"
-FILL = ", or set config.training.fill_batch=true: {} sequences of nothing are computed with it, {}"
+FILL = ", or set config.training.fill_batch=true: 2 sequences of nothing are computed with it,"
 PAD = ", or set config.training.pad_to=2: it pads in memory"
 BATCH = ("slice", "data", "fsdp")
 
@@ -85,8 +85,8 @@ def test_sizes_that_divide_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(("owner", "field", "value", "rule"), [
-    ("phases[1]", "global_batch_size", 10, f"4 equal parts ({ROWS}); the nearest that do are 8 and 12{FILL.format(2, '20.0%')}"),
-    ("phases[1]", "global_batch_size", 2, f"4 equal parts ({ROWS}); the nearest that do are 4{FILL.format(2, '100.0%')}"),
+    ("phases[1]", "global_batch_size", 10, f"4 equal parts ({ROWS}); the nearest that do are 8 and 12{FILL} 20.0%"),
+    ("phases[1]", "global_batch_size", 2, f"4 equal parts ({ROWS}); the nearest that do are 4{FILL} 100.0%"),
     ("model", "embed_dim", 33, "2 equal parts (mesh axis fsdp); the nearest that do are 32 and 34"),
     ("model", "num_heads", 5, "2 equal parts (mesh axis tensor); the nearest that do are 4 and 6"),
     ("model", "mlp_dim", 171, f"2 equal parts (mesh axis tensor); the nearest that do are 170 and 172{PAD}"),

@@ -16,7 +16,7 @@ from crystal_jax.cli import Parser
 from crystal_jax.config import Config
 from crystal_jax.config_file import load_config
 from crystal_jax.data.store import listed
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 from crystal_jax.generations import Slice, find_slice
 from crystal_jax.phases import make_plan
 from crystal_jax.recipe import parameter_count
@@ -252,7 +252,7 @@ def compile_plan(config: Config, piece: Slice, slices: int) -> dict[str, Any]:
         from crystal_jax.plan import plan
         from crystal_jax.topology import MISSING, is_installed
     except ImportError as error:
-        raise Unknown(f"{error}; pip install 'crystal-jax[tpu]'") from error
+        raise Unknown(f"{error}; {install('tpu')}") from error
     if not is_installed():
         raise Unknown(MISSING)
     return plan(config, piece, slices, machine_code=False)

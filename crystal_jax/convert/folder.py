@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from crystal_jax.convert.computed import BLOCK, Computed, rounded
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -223,7 +223,7 @@ def _open_bin(path: Path) -> Iterator[tuple[str, Reader]]:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path}: reading .bin files needs torch, which isn't installed; pip install torch") from None
+        raise UserError(f"{path}: reading .bin files needs torch, which isn't installed; {install('torch')}") from None
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many types for a damaged or unsafe file

@@ -20,7 +20,7 @@ from crystal_jax.convert.computed import Computed, rounded
 from crystal_jax.convert.forms import check_params
 from crystal_jax.convert.made import MAX_SHARD_SIZE, Made, Options, Weights, stored_dtype
 from crystal_jax.convert.vocabulary import Vocabulary, make_vocabulary
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 FILE = "model.gguf"
 QUANTISED = "Q8_0"
@@ -177,7 +177,7 @@ def make(weights: Weights, options: Options) -> Made:
     try:
         import gguf
     except ImportError:
-        raise UserError("--to=gguf: needs the package gguf, which isn't installed; pip install gguf") from None
+        raise UserError(f"--to=gguf: needs the package gguf; {install('data')}") from None
     if options.max_shard_size != MAX_SHARD_SIZE:
         raise UserError(f"--max_shard_size={options.max_shard_size}: the form gguf is one file; leave the flag out")
     if options.dtype is not None and options.dtype not in KINDS:

@@ -15,7 +15,7 @@ import numpy as np
 from crystal_jax.config import nearest
 from crystal_jax.data.tokenizer import BYTE_TOKENS, CONTROL_TOKENS, SPECIAL_TOKENS, Tokenizer
 from crystal_jax.data.words import SPACE
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 ENGINES = ("auto", "reference", "fast")
 RENEW = 1 << 25
@@ -121,7 +121,7 @@ def make_encoder(tokenizer: Tokenizer, engine: str = "auto") -> Encoder:
         raise UserError(f"--engine: {engine!r} must be one of {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
     installed = importlib.util.find_spec("gigatoken") is not None
     if engine == "fast" and not installed:
-        raise UserError("--engine: fast needs the package gigatoken; pip install 'crystal-jax[fast]'")
+        raise UserError(f"--engine: fast needs the package gigatoken; {install('data')}")
     if engine == "reference" or not installed:
         return Encoder(tokenizer, None)
     encoder = Encoder(tokenizer, Gigatoken(tokenizer))

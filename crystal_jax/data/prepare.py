@@ -199,14 +199,16 @@ def _withdrawing(job: Job) -> Iterator[None]:
 
 
 def _remove_shards(job: Job) -> None:
-    for path in job.stores.values():
-        for split in store.SPLITS:
-            with contextlib.suppress(OSError):
-                (path / split).rmtree()
+    """By their names, and the folders that are empty then: nothing else that lies there is ours."""
+    ours = {f"{task.name}.{part}" for task in job.tasks for part in store.PARTS}
+    splits = [path / split for path in job.stores.values() for split in store.SPLITS]
+    for folder in splits:
+        for name in ours.intersection(files.list_files(folder)):
+            (folder / name).unlink(missing_ok=True)
     if not files.is_remote(job.folder):
         parents = itertools.islice(job.folder.parents, job.name.count("/"))
-        for path in (*job.stores.values(), job.folder, *parents):
-            with contextlib.suppress(OSError):  # of other stores
+        for path in (*splits, *job.stores.values(), job.folder, *parents):
+            with contextlib.suppress(OSError):
                 os.rmdir(path)
 
 

@@ -16,7 +16,7 @@ from crystal_jax.data.documents import count_documents, read_documents
 from crystal_jax.data.pipeline import Stores
 from crystal_jax.data.store import SPLITS, ShardSpan, TokenStore, TokenView
 from crystal_jax.data.tokenizer import Tokenizer
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 from crystal_jax.phases import make_plan
 
 WHOLE = Subset()
@@ -211,5 +211,4 @@ def _check_installed() -> None:
     try:
         import seqio  # noqa: F401
     except Exception as error:  # protobuf raises one of its own where sentencepiece was made for another version
-        raise UserError(f"seqio: can't be imported ({error}), and the registry needs it; pip install "
-                        "'crystal-jax[seqio]'") from error
+        raise UserError(f"seqio: can't be imported ({error}), and the registry needs it; {install('data')}") from error

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from crystal_jax import files
 from crystal_jax.data.tasks import PROGRESS, Task, prepare_input, record
-from crystal_jax.errors import UserError, counted
+from crystal_jax.errors import UserError, counted, install
 
 POLL_SECONDS = 0.5
 AHEAD = 4
@@ -149,7 +149,7 @@ def _count(size: int, tokens: int) -> None:
 def check_beam() -> None:
     """Raises UserError where apache-beam isn't installed."""
     if importlib.util.find_spec("apache_beam") is None:
-        raise UserError("--runner: beam needs the package apache-beam; pip install 'crystal-jax[beam]'")
+        raise UserError(f"--runner: beam needs the package apache-beam; {install('data')}")
 
 
 def run_beam(tasks: list[Task], options: str) -> None:

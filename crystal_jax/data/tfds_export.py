@@ -25,7 +25,7 @@ from tqdm import tqdm
 from crystal_jax import files
 from crystal_jax.data.documents import count_documents, read_documents
 from crystal_jax.data.store import SPLITS, ShardSpan, TokenStore, TokenView
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 VERSION = "1.0.0"
 ORIGIN, FEATURES, INFO = "export.json", "features.json", "dataset_info.json"
@@ -214,8 +214,7 @@ def _import_tfds() -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise UserError(f"{error.name}: not installed, and `store export` needs it; pip install 'crystal-jax[seqio]'"
-                        ) from error
+        raise UserError(f"{error.name}: not installed, and `store export` needs it; {install('data')}") from error
     return tfds
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from crystal_jax import files
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
 
@@ -60,7 +60,7 @@ class Settings:
 
 def _check_installed(name: str) -> None:
     if not importlib.util.find_spec("lm_eval"):
-        raise UserError(f"--tasks={name}: needs lm-eval; pip install --require-hashes -r requirements/data.txt")
+        raise UserError(f"--tasks={name}: needs lm-eval; {install('data')}")
 
 
 def named_task(name: str, settings: Settings) -> Task:

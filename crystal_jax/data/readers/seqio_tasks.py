@@ -13,7 +13,7 @@ from crystal_jax.config import nearest
 from crystal_jax.data.readers import records
 from crystal_jax.data.readers.base import DEFAULT_TEXT_KEY, Document, Documents, Input, Reader, SourceSpec
 from crystal_jax.data.readers.listing import DEALT_INPUTS, one_line
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 SPLIT = "train"
 TEXT_KEYS = ("targets", "text")
@@ -99,7 +99,7 @@ def _seqio() -> Any:
         import seqio
     except Exception as error:  # also of packages that don't fit each other
         raise UserError(f"--source: seqio can't be imported ({type(error).__name__}: {one_line(error)}); "
-                        "pip install 'crystal-jax[seqio]'") from error  # fmt: skip
+                        f"{install('data')}") from error
     return seqio
 
 

@@ -19,7 +19,7 @@ from crystal_jax.config import nearest
 from crystal_jax.data.readers import records
 from crystal_jax.data.readers.base import Documents, Input, Reader, SourceSpec
 from crystal_jax.data.readers.listing import one_line
-from crystal_jax.errors import UserError
+from crystal_jax.errors import UserError, install
 
 SPLIT = "train"
 
@@ -122,8 +122,7 @@ def _builder(source: SourceSpec) -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise UserError(f"--source: {source.kind}: needs tensorflow_datasets; pip install 'crystal-jax[seqio]'"
-                        ) from error  # fmt: skip
+        raise UserError(f"--source: {source.kind}: needs tensorflow_datasets; {install('data')}") from error
     data_dir = epath.Path(source.inputs[0] if source.inputs else tensorflow_datasets.core.constants.DATA_DIR)
     try:
         return tensorflow_datasets.builder(source.dataset, data_dir=data_dir)
