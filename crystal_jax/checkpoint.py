@@ -193,5 +193,15 @@ def _rolling(folder: epath.Path) -> epath.Path:
     newest = newest_state(folder)
     if newest is None:
         raise UserError(f"{folder}: neither a run with a saved state, nor RUN/checkpoints/STEP, nor a permanent "
-                        f"checkpoint (a folder with {INFO})")
+                        f"checkpoint (a folder with {INFO}){_nearby(folder)}")
     return folder / FOLDER / str(newest)
+
+
+def _nearby(folder: epath.Path) -> str:
+    """The checkpoints in a folder that holds none itself, or beside one that isn't there."""
+    for place in (folder, folder.parent):
+        if place.is_dir():
+            found = sorted(path.name for path in place.iterdir()
+                           if files.exists(path / INFO) or files.exists(path / POSITION))
+            return f"; in {place} there are {', '.join(found)}" if found else ""
+    return ""

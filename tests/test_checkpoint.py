@@ -194,6 +194,9 @@ def test_what_is_no_checkpoint_or_a_newer_one_is_refused(tmp_path: Path, state: 
     with pytest.raises(UserError, match="neither a run with a saved state"):
         load_weights(tmp_path / "nowhere")
     save_weights(tmp_path / "w", host(state["params"]), MODEL, None, {})
+    for place in (tmp_path, tmp_path / "v"):
+        with pytest.raises(UserError, match=f"neither a run .*; in {tmp_path} there are w$"):
+            load_weights(place)
     info = tmp_path / "w" / "checkpoint.json"
     original = json.loads(info.read_text())
     files.write_json(info, {**original, "format": 2})
