@@ -13,13 +13,13 @@ from crystal_jax.generations import Generation, Slice
 from crystal_jax.hlo import Collective, Done, Event, Loop, Op, Start
 
 ASSUMED = {
-    "matrix": 0.82,
-    "memory": 0.52,
+    "matrix": 0.86,
+    "memory": 0.57,
     "kernel": 0.5,
     "network": 0.8,
 }
 """Shares of the peak rates: of matrix products and of memory, where the compiler's cycles aren't at hand (fitted to
-them at Crystal's 7B on v5p, within 2%); of Pallas kernels, for which it has no cycles; of the links."""
+them at 7B: within 5% on v4 and v5p, 10% on the others); of Pallas kernels, for which it has no cycles; of the links."""
 
 GIB = 2**30
 REDUCING = ("all-reduce",)
@@ -116,6 +116,10 @@ class Machine:
         local = travels(collective.bytes, inside) / self.links(places) if inside > 1 else 0.0
         return local + travels(collective.bytes / inside, slices) / self.network
 
+    def leaves(self, collective: Collective) -> bool:
+        """Whether it goes to other slices."""
+        return len({self.places[device][0] for device in collective.group}) > 1
+
     @property
     def network(self) -> float:
         """Bytes a second of one device to other slices."""
@@ -134,7 +138,7 @@ class Machine:
 
 def timeline(events: Sequence[Event], machine: Machine) -> Timeline:
     """How a device passes through a program."""
-    line, free = Timeline(), 0.0
+    line, free = Timeline(), [0.0, 0.0]  # of the slice's own links, and of the network between slices
     pending: dict[str, tuple[Collective, float, bool]] = {}
 
     def finish(collective: Collective, ready: float, kind: str) -> None:
@@ -146,7 +150,8 @@ def timeline(events: Sequence[Event], machine: Machine) -> Timeline:
 
     for event in events:
         if isinstance(event, Start):
-            free = ready = max(line.seconds, free) + machine.transfer(event.collective)
+            leaves = machine.leaves(event.collective)
+            free[leaves] = ready = max(line.seconds, free[leaves]) + machine.transfer(event.collective)
             if event.waits:
                 finish(event.collective, ready, "synchronous")
             else:

@@ -107,6 +107,8 @@ class Program:
             yield from max((self.walk(branch) for branch in branches), key=lambda events: total(events).flops)
         elif opcode in COLLECTIVES and not item.opcode.endswith("-done"):
             yield Start(self.collective(item, place, item.name), waits=not item.opcode.endswith("-start"))
+        elif item.opcode in ("send", "recv", "send-done", "recv-done"):
+            yield from _exchanged(item, place)
         elif item.opcode in ("async-start", "async-update"):
             yield from self._begun(item, place)
         elif item.opcode.endswith("-done"):
@@ -273,6 +275,21 @@ class Program:
             inner = self.computations[root.named("calls")]
             return self.updated(inner, inner.root, whole)
         return place.instructions[root.operands[1]].arrays[0].bytes if root.opcode == "dynamic-update-slice" else whole
+
+
+def _exchanged(item: Instruction, place: Computation) -> Iterator[Event]:
+    """What the devices of one place in each slice do together through their hosts: from its sending to its receipt.
+
+    Its target is written {1,2}x{0:3}: the slices, and the devices of each.
+    """
+    if item.opcode == "recv-done":
+        yield Done(place.instructions[item.operands[0]].find(r'_host_transfer_rendezvous="([^"]*)"')[1])
+    elif item.opcode == "send":
+        slices, devices = item.find(r'_megascale_target="\{([\d,]+)\}x\{0:(\d+)\}"').groups()
+        kind = item.find(r'_megascale_transfer_type="(\w+)"')[1].lower().replace("_", "-")
+        group = tuple(index * (int(devices) + 1) for index in range(slices.count(",") + 1))
+        sent = sum(array.bytes for array in place.instructions[item.operands[0]].arrays)
+        yield Start(Collective(kind, sent, group, item.find(r'_host_transfer_rendezvous="([^"]*)"')[1]), waits=False)
 
 
 def total(events: tuple[Event, ...]) -> Op:

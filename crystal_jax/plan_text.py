@@ -69,9 +69,6 @@ def _collectives(found: dict[str, Any]) -> list[str]:
     lines.append(row("all", "", "", f"{sums['gb']:.3f}", f"{sums['synchronous_gb']:.3f}", f"{sums['bare_gb']:.3f}",
                      f"{sums['seconds']:.4f}", f"{sums['exposed_seconds']:.4f}"))
     lines.append("  no product: begun early, but no matrix product lies between its start and its end")
-    if found["mesh"]["slice"] > 1 and not any("slice" in row["axis"] for row in found["collectives"]):
-        lines.append("  NOT COUNTED: what slices send each other through the data-centre network, since the compiler "
-                     "writes it as no collective")
     return lines
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal_jax.hlo import Done, Loop, Op, Program, Start, convolution_flops, total
+from crystal_jax.hlo import Collective, Done, Loop, Op, Program, Start, convolution_flops, total
 from crystal_jax.hlo_text import Computation, read_arrays, read_group, read_instruction
 
 LOOP = """\
@@ -198,6 +198,29 @@ def test_another_layout_inside_a_fusion_moves_nothing() -> None:
     product, kept = Program(RELAID).events
     assert isinstance(product, Op) and product.bytes == 2 * (64 + 64 * 64 + 64) + 4
     assert isinstance(kept, Op) and kept.bytes == 2 * (64 + 64) + 4
+
+
+EXCHANGE = """\
+ENTRY %main (a: bf16[64,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %token = token[] after-all()
+  %send.1 = (bf16[64,128]{1,0}, u32[]{:S(2)}, token[]) send(%a, %token), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{1,2,3}x{0:15}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[64,128]{1,0}, u32[]{:S(2)}, token[]) recv(%token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="psum.1_0"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %recv-done.1 = (bf16[64,128]{1,0}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
+  ROOT %sum = bf16[64,128]{1,0} get-tuple-element(%recv-done.1), index=0
+}
+"""
+
+
+def test_slices_exchange_through_their_hosts() -> None:
+    start, done = Program(EXCHANGE).events
+    assert isinstance(start, Start) and not start.waits and done == Done("psum.1_0")
+    assert start.collective == Collective("all-reduce", 64 * 128 * 2, (0, 16, 32), "psum.1_0")
 
 
 def test_a_collective_begins_where_it_gets_its_operand() -> None:
