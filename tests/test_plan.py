@@ -357,4 +357,3 @@ def test_every_generation(slice_: str, slices: int, flags: str) -> None:
     # Each device's share of the gradients, in the compute dtype.
     shares = found["memory"]["parts"]["parameters"] / 2 / 1e9 if slices > 1 else 0
     assert shares <= exchanged <= 1.5 * shares
-    assert ("NOT COUNTED" in render(found)) == (slices > 1)
