@@ -25,7 +25,7 @@ DATA = "--config.data.root=gs://my-bucket/data"
 
 def make_job(kind: str = "v5p-128", *overrides: str, capacity: str = "spot") -> Job:
     return Job("my-project", "us-east5-a", "my-bucket", "crystal-7b", find_slice(kind), 1, capacity, ACCOUNT, "crystal",
-               load_config("configs/crystal_7b.py", [DATA, *overrides]))
+               load_config("configs/crystal_7b.py", [DATA, *overrides]), "default")
 
 
 @pytest.fixture
@@ -62,16 +62,17 @@ def planned(used: float, fits: bool) -> dict:
 def test_memory_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def compile_plan(config: Config, piece: Slice, slices: int) -> dict:
-        asked.append((config.training.mesh.slice, piece.chips, slices))
+    def compile_plan(config: Config, piece: Slice, slices: int, flags: str) -> dict:
+        asked.append((config.training.mesh.slice, piece.chips, slices, flags))
         return planned(11.1, True) if config.training.mesh.fsdp == -1 else planned(120.0, False)
 
     monkeypatch.setattr(preflight, "compile_plan", compile_plan)
     (level, text), = preflight.check_fit(make_job())
     assert level == GOOD and "11.1 of 95.74 GiB" in text and "predicted: 1.50 s" in text
-    (level, text), = preflight.check_fit(replace(make_job("v5p-128", "--config.training.mesh.fsdp=1"), slices=2))
+    job = replace(make_job("v5p-128", "--config.training.mesh.fsdp=1"), slices=2, flags="async")
+    (level, text), = preflight.check_fit(job)
     assert level == BAD and "out of memory" in text and "plan --sweep" in text
-    assert asked == [(1, 64, 1), (2, 64, 2)]
+    assert asked == [(1, 64, 1, "default"), (2, 64, 2, "async")]
 
 
 def test_a_mesh_that_does_not_fit_is_bad_and_no_compiler_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_each_zone_is_checked(answers: dict[str, Answer], capsys: pytest.Capture
     answers["compute tpus accelerator-types list --zone=us-east5-a"] = said("v5p-128\n")
     code = preflight.main(["--project=p", "--zones=us-east5-a,europe-west4-b", "--bucket=my-bucket", "--run=r",
                            "--type=v5p-128", "--slices=1", "--capacity=spot", f"--service-account={ACCOUNT}",
-                           "--subnetwork=crystal", "--", "--config=configs/crystal_7b.py", DATA])
+                           "--subnetwork=crystal", "--flag-set=default", "--", "--config=configs/crystal_7b.py", DATA])
     lines = [line for line in capsys.readouterr().out.splitlines() if " type " in line]
     assert code == 1
     assert [line.split()[0] for line in lines] == [GOOD, BAD] and "europe-west4-b" in lines[1]

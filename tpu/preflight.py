@@ -45,6 +45,8 @@ class Job:
     service_account: str
     subnetwork: str
     config: Config
+    flags: str
+    """A named set of compiler flags."""
 
     @property
     def pod(self) -> str:
@@ -228,7 +230,7 @@ def check_fit(job: Job) -> Iterator[Line]:
     config = copy.deepcopy(job.config)
     config.training.mesh.slice = job.slices
     try:
-        found = compile_plan(config, job.piece, job.slices)
+        found = compile_plan(config, job.piece, job.slices, job.flags)
     except Unknown as error:
         yield DOUBTFUL, f"whether the step fits isn't known: {error}"
     except UserError as error:
@@ -241,12 +243,12 @@ def check_fit(job: Job) -> Iterator[Line]:
             BAD, f"out of memory: {text}; what would fit: crystal-jax plan --sweep (docs/planning.md)")
 
 
-def compile_plan(config: Config, piece: Slice, slices: int) -> dict[str, Any]:
+def compile_plan(config: Config, piece: Slice, slices: int, flags: str) -> dict[str, Any]:
     """`plan` of a config, without machine code.
 
     Raises:
       Unknown: the compiler isn't here.
-      UserError: the mesh or the batch doesn't fit the devices.
+      UserError: the mesh or the batch doesn't fit the devices, or there are no such flags.
     """
     try:
         from crystal_jax.plan import plan
@@ -255,7 +257,7 @@ def compile_plan(config: Config, piece: Slice, slices: int) -> dict[str, Any]:
         raise Unknown(f"{error}; {install('tpu')}") from error
     if not is_installed():
         raise Unknown(MISSING)
-    return plan(config, piece, slices, machine_code=False)
+    return plan(config, piece, slices, flags, machine_code=False)
 
 
 def flops_per_token(config: Config) -> float:
@@ -303,7 +305,8 @@ CHECKS: dict[str, Callable[[Job], Iterator[Line]]] = {
 def read_jobs(argv: list[str] | None) -> tuple[list[Job], bool]:
     """The arguments that tpu/preflight gives, for each zone, and whether to ask nothing."""
     parser = Parser(prog="tpu/preflight", allow_abbrev=False)
-    for name in ("project", "zones", "bucket", "run", "type", "capacity", "service-account", "subnetwork"):
+    for name in ("project", "zones", "bucket", "run", "type", "capacity", "service-account", "subnetwork",
+                 "flag-set"):
         parser.add_argument(f"--{name}", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--slices", type=int, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--yes", action="store_true", help="don't ask")
@@ -314,8 +317,9 @@ def read_jobs(argv: list[str] | None) -> tuple[list[Job], bool]:
         raise UserError("TRAIN_ARGS: no --config=FILE")
     overrides = [item for item in args.train if item.startswith("--config.")]
     loaded = load_config(config, overrides)
-    return [Job(args.project, zone, args.bucket, args.run, find_slice(args.type), args.slices, args.capacity,
-                args.service_account, args.subnetwork, loaded) for zone in args.zones.split(",")], args.yes
+    jobs = [Job(args.project, zone, args.bucket, args.run, find_slice(args.type), args.slices, args.capacity,
+                args.service_account, args.subnetwork, loaded, args.flag_set) for zone in args.zones.split(",")]
+    return jobs, args.yes
 
 
 def run_checks(jobs: list[Job], names: Iterable[str]) -> int:
