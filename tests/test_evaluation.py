@@ -109,6 +109,26 @@ def walked(run: Path, problems: Path) -> Path:
     return place
 
 
+def test_an_interrupt_is_one_line_and_no_crash(run: Path, tmp_path: Path) -> None:
+    """While infilling compiles what it needs, and later."""
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    arguments = [sys.executable, "-m", "crystal_jax", "evaluate", f"--checkpoint={place}", "--all",
+                 "--tasks=losses,infilling", "--gaps=100"]
+    given = {"env": {**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, "cwd": ROOT}
+    for delay in (0.5, 1.5, 2.5):
+        shutil.rmtree(place / "evaluations", ignore_errors=True)
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              **given) as process:
+            assert process.stderr is not None
+            assert "losses: " in process.stderr.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+        assert process.returncode == 130, said
+        assert said.endswith("crystal-jax evaluate: interrupted; the same command goes on where it was\n")
+
+
 def test_what_is_done_is_passed_over(walked: Path, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("evaluate", f"--checkpoint={walked}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",
             "--samples=10", *(["--run_untrusted_code"] if HELD else []))
@@ -184,7 +204,9 @@ def test_losses_are_those_that_training_measured(walked: Path) -> None:
         for domain, found in line["heldout"].items():
             if line["step"] in rows:
                 row = rows[line["step"]]
-                for name in ("loss", "perplexity", "bits_per_byte", "tokens"):
+                assert float(row[f"losses.{domain}.loss"]) == pytest.approx(found["loss"], rel=1e-5)
+                assert float(row[f"losses.{domain}.tokens"]) == found["tokens"]
+                for name in ("perplexity", "bits_per_byte"):
                     assert float(row[f"losses.{domain}.{name}"]) == pytest.approx(found[name], rel=1e-4)
                 assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
                 compared += 1
