@@ -65,13 +65,17 @@ def final(run: Run) -> Metrics:
     """What `evaluate` found at the run's end: bits per byte of each domain, and of each kind of gap.
 
     Raises:
-      UserError: the end wasn't evaluated.
+      UserError: the end wasn't evaluated, or a domain holds no bytes.
     """
     found = {result["task"]: result["metrics"] for result in read_results(run.folder)
              if result["step"] == run.plan.total_steps}
     for task in ("losses", "infilling"):
         if task not in found:
             raise UserError(f"{run.folder}: no result of {task}; evaluate --all --tasks=losses,infilling makes it")
+    for domain in DOMAINS:
+        if f"{domain}.bits_per_byte" not in found["losses"]:
+            raise UserError(f"{run.folder}: no bits per byte of {domain}: its held-out windows hold no text that the "
+                            "tokenizer knows")
     bytes_ = with_average({domain: found["losses"][f"{domain}.bits_per_byte"] for domain in DOMAINS})
     filled = [found["infilling"][f"{gap}.exact_match"] for gap in GAPS]
     return {**bytes_, **{gap: found["infilling"][f"{gap}.bits_per_byte"] for gap in GAPS},

@@ -1,7 +1,5 @@
 """`python -m crystal_jax COMMAND ...`."""
 
-import sys
+from crystal_jax.cli import start
 
-from crystal_jax.cli import main
-
-sys.exit(main())
+start()

@@ -4,18 +4,22 @@ Exit codes: 0 done, 1 a user's mistake (one line), 3 preempted and saved, 4 can'
 means restart. Only the module of the command that is asked for is imported.
 """
 
+import _thread
 import argparse
+import atexit
+import contextlib
 import importlib
 import importlib.util
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from crystal_jax.config import nearest
-from crystal_jax.errors import UserError, explain
+from crystal_jax.errors import INTERRUPTED, UserError, explain
 
 COMMANDS = {
     "prepare": ("crystal_jax.data.prepare", "raw documents to a token store"),
@@ -56,6 +60,25 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+def start() -> NoReturn:
+    """`main` as a process of its own."""
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # before JAX is imported, so that it comes last
+    ended.append(main())
+    sys.exit(ended[0])
+
+
+def _leave(ended: list[int]) -> None:
+    """After Ctrl-C XLA may still compile in a thread of its own; taking its client down under it, as the interpreter's
+    end does, is a segmentation fault.
+    """
+    if INTERRUPTED in ended:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(INTERRUPTED)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -63,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax and the clients of gs:// log there what they also raise, and warn of metadata that no one needs.
     for logger in ("absl", "asyncio", "gcsfs", "google.auth"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_closed_loops
+    sys.unraisablehook = _unraisable
     _use_no_missing_tpu()
     try:
         return _run(argv, name)
@@ -98,7 +121,14 @@ def _use_no_missing_tpu() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _without_closed_loops(event: "sys.UnraisableHookArgs") -> None:
-    """After an error, TensorStore's other reads and writes complain that Orbax's event loop is gone."""
-    if "Event loop is closed" not in str(event.exc_value):
+def _unraisable(event: "sys.UnraisableHookArgs") -> None:
+    """Ctrl-C in the middle of a garbage collection, where JAX has a callback, would be lost: it comes again.
+
+    After an error, TensorStore's other reads and writes complain that Orbax's event loop is gone: no one needs that.
+    """
+    if isinstance(event.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    elif "Event loop is closed" not in str(event.exc_value):
         sys.__unraisablehook__(event)

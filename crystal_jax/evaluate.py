@@ -63,11 +63,13 @@ class HeldOut:
 def measures(nats: float, targets: np.ndarray, byte_lengths_V: np.ndarray) -> dict[str, Any]:
     """Loss in nats per token, perplexity, bits per byte of text and the number of tokens, for the sum over targets.
 
-    byte_lengths_V: Tokenizer.byte_lengths. A special token has no bytes, and its loss counts.
+    byte_lengths_V: Tokenizer.byte_lengths. A special token has no bytes, and its loss counts. Where nothing has bytes,
+    or a target is no token of the tokenizer, there is no bits_per_byte.
     """
     loss = nats / targets.size
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": nats / math.log(2) / int(byte_lengths_V[targets].sum()), "tokens": int(targets.size)}
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(targets.size)}
+    size = int(byte_lengths_V[targets].sum()) if targets.max() < len(byte_lengths_V) else 0
+    return found | {"bits_per_byte": nats / math.log(2) / size} if size else found
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:

@@ -6,6 +6,7 @@ machine has what holds it. Results are written as they come, so that an interrup
 
 import argparse
 import contextlib
+import glob
 import gzip
 import json
 import math
@@ -24,6 +25,8 @@ from crystal_jax import files, sandbox
 from crystal_jax.config import digest, nearest
 from crystal_jax.errors import UserError, reason
 
+RESULTS = ".results.jsonl"
+"""The ending of results, which lie beside their samples."""
 REQUIRED = ("landlock files", "seccomp")
 SANDBOX = Path(sandbox.__file__)
 PASS_AT = (1, 10, 100)
@@ -122,6 +125,30 @@ def read_programs(samples: str | Path, problems: dict[str, Problem]) -> list[tup
     if not programs:
         raise UserError(f"--samples={samples}: no sample in it")
     return programs
+
+
+def list_samples(values: list[str]) -> list[Path]:
+    """The files behind files and globs, as --input of `prepare` takes them; a glob passes over results.
+
+    Raises:
+      UserError: nothing is named or found, a folder, or one that isn't local.
+    """
+    from crystal_jax.data.readers import split_inputs
+
+    found: list[Path] = []
+    for value in split_inputs(values):
+        if files.is_remote(value):
+            raise UserError(f"--samples={value}: programs are run from local files; copy it here")
+        if os.path.isdir(value):
+            raise UserError(f"--samples={value}: a folder; give a JSONL file or a glob, such as '{value}/*.jsonl'")
+        matches = [value] if os.path.exists(value) else sorted(
+            path for path in glob.glob(value, recursive=True) if os.path.isfile(path) and not path.endswith(RESULTS))
+        if not matches:
+            raise UserError(f"--samples={value}: no such file; give an existing file or glob")
+        found += map(Path, matches)
+    if not found:
+        raise UserError("--samples: names no file; give a JSONL file or a glob")
+    return list(dict.fromkeys(found))
 
 
 def check_layers(weak: bool) -> dict[str, bool]:
@@ -232,15 +259,17 @@ def _read_done(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", required=True, help='JSONL of {"task_id", "completion"}')
+    parser.add_argument("--samples", required=True, action="append",
+                        help='JSONL of {"task_id", "completion"}: files or globs; commas or repeated')
     parser.add_argument("--problems", required=True, help="HumanEval or MBPP: a JSONL file, also .gz")
-    parser.add_argument("--output", help="results as JSONL; default SAMPLES with the ending .results.jsonl")
+    parser.add_argument("--output", help="results as JSONL, of a single file; default SAMPLES with the ending "
+                        f"{RESULTS}")
     parser.add_argument("--run_untrusted_code", action="store_true", help="yes, run what a model wrote")
     parser.add_argument("--weak_sandbox", action="store_true", help="also where layers of the sandbox are missing")
     parser.add_argument("--seconds", type=float, default=3.0, help="a sample may take; default 3")
     parser.add_argument("--memory_mib", type=int, default=1024, help="a sample may take; default 1024")
     parser.add_argument("--workers", type=int, help="samples at a time; default: one per processor")
-    parser.add_argument("--json", action="store_true", help="the summary as one JSON object")
+    parser.add_argument("--json", action="store_true", help="the summary of each file as one JSON object")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -250,14 +279,18 @@ def main(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name}: {value} must be above 0")
+    found = list_samples(args.samples)
+    if args.output and len(found) > 1:
+        raise UserError(f"--output={args.output}: is for one file, and --samples names {len(found)}; leave it out")
     active = show_layers(args.weak_sandbox)
-    samples = Path(args.samples)
-    output = Path(args.output or samples.with_name(f"{samples.name.removesuffix('.jsonl')}.results.jsonl"))
-    summary = execute(samples, args.problems, output, args.seconds, args.memory_mib << 20, args.workers,
-                      args.weak_sandbox)
-    if args.json:
-        print(json.dumps({**summary, "sandbox": active, "results": str(output)}))
-        return
-    for name, value in summary.items():
-        print(f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}")
-    print(f"results    {output}")
+    for number, samples in enumerate(found):
+        output = Path(args.output or samples.with_name(samples.name.removesuffix(".jsonl") + RESULTS))
+        summary = execute(samples, args.problems, output, args.seconds, args.memory_mib << 20, args.workers,
+                          args.weak_sandbox)
+        if args.json:
+            print(json.dumps({**summary, "sandbox": active, "results": str(output)}), flush=True)
+            continue
+        print("\n" * (number > 0), end="")
+        for name, value in summary.items():
+            print(f"{name:10} {value:.4f}" if isinstance(value, float) else f"{name:10} {value}")
+        print(f"results    {output}", flush=True)

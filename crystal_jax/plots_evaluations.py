@@ -8,7 +8,7 @@ from typing import Any
 
 from crystal_jax.history import Run
 from crystal_jax.plots import FAMILIES, GREY, INK, STYLE, Axes, Figure, frame, png, tick
-from crystal_jax.published import CODE, HEADLINE, LANGUAGE, PUBLISHED, average
+from crystal_jax.published import CODE, HEADLINE, LANGUAGE, PROBLEMS, PUBLISHED, average
 
 Result = dict[str, Any]
 REFERENCE_STYLES = ((0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2)), (0, (2, 3)), (0, (8, 3)))
@@ -68,7 +68,7 @@ def draw_evaluations(run: Run, results: Sequence[Result]) -> bytes | None:
     panels = panels_of(results)
     if not panels:
         return None
-    others = {result["task"] for result in results if not as_published(result["settings"])}
+    others = {result["task"] for result in results if not as_published(result)}
     rows = -(-len(panels) // 2)
     with rc_context(STYLE):
         figure: Figure = matplotlib.figure.Figure(figsize=(13, 3.6 * rows), layout="constrained")
@@ -95,9 +95,11 @@ def _colour(label: str, count: int) -> str | None:
     return FAMILIES[domain][1] if domain else INK if count == 1 else None
 
 
-def as_published(settings: dict[str, Any]) -> bool:
-    """Whether a task was asked whole and without <s>, as the published values are."""
-    return settings.get("limit") is None and not settings.get("add_bos")
+def as_published(result: Result) -> bool:
+    """Whether a task was asked whole, all of its problems, and without <s>, as the published values are."""
+    settings, problems = result["settings"], PROBLEMS.get(result["task"])
+    return (settings.get("limit") is None and not settings.get("add_bos")
+            and problems in (None, result["metrics"].get("problems")))
 
 
 def _references(axes: Axes, title: str, lines: dict[str, Any], others: set[str]) -> None:

@@ -10,6 +10,8 @@ CODE = ("humaneval", "mbpp")
 HEADLINE = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa": "acc",
             "humaneval": "pass@1", "mbpp": "pass@1"}
 """The metric of each task that the table states."""
+PROBLEMS = {"humaneval": 164, "mbpp": 500}
+"""All that a benchmark of code has (of MBPP its test split): a score on others says something else."""
 
 
 @dataclass(frozen=True)

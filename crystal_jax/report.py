@@ -160,9 +160,10 @@ def _heldout_table(run: Run) -> str:
     for phase, line in final_evals(run):
         for domain, row in sorted(line["heldout"].items(), reverse=True):
             gain = row["unigram_entropy"] - row["loss"]
+            bits = f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-"
             rows.append((phase, f"{line['step']:,}", domain, f"{row['tokens']:,}", f"{row['loss']:.4f}",
                          f"{row['unigram_entropy']:.4f}", f"{gain:+.4f}", f"{row['perplexity']:,.1f}",
-                         f"{math.exp(row['unigram_entropy']):,.1f}", f"{row['bits_per_byte']:.4f}"))
+                         f"{math.exp(row['unigram_entropy']):,.1f}", bits))
     if not rows:
         return note("No evaluation has been logged yet.")
     columns = ("last evaluation in", "#step", "held out", "#tokens", "#loss (nats)", "#unigram entropy", "#gained",

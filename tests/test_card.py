@@ -35,6 +35,9 @@ def test_a_card_says_what_is_known(form: str, tmp_path: Path) -> None:
 
 def test_a_card_says_what_isnt_known(tmp_path: Path) -> None:
     model = MODELS["crystal"]
+    info = {**INFO, "heldout": {"code": {"loss": 3.62390801, "tokens": 16384}}}
+    export.export(Checkpoint(drawn(model), model, None, info), "crystal", tmp_path / "some")
+    assert "| code | 3.62391 | - | 16,384 |" in (tmp_path / "some" / "README.md").read_text()
     export.export(Checkpoint(drawn(model), model), "crystal", tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "# Crystal checkpoint" in text

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RunCli
+from conftest import OUTER_ENVIRONMENT, ROOT, RunCli
 
 from crystal_jax import cli
 from crystal_jax.config_file import load_config
@@ -95,6 +95,48 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(verify, "main", interrupt)
     assert cli.main(["verify", "store"]) == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import jax, jax.numpy as jnp
+from crystal_jax import cli
+import crystal_jax.data.verify as verify
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+def compiles(_):
+    def long(x):
+        for _ in range(3000):
+            x = jnp.sin(x @ x)
+        threading.Timer(1.5, interrupt).start()
+        return x
+    jax.jit(long)(jnp.ones((8, 8)))
+
+class Swallows:
+    def __del__(self):
+        interrupt()
+        time.sleep(1)
+
+def collects(_):
+    Swallows()
+    time.sleep(60)
+
+verify.main = {body}
+sys.argv[1:] = ["verify", "store"]
+cli.start()
+"""
+
+
+@pytest.mark.parametrize("body", ["compiles", "collects"])
+def test_an_interrupt_ends_a_process_wherever_it_comes(body: str) -> None:
+    """While XLA compiles in a thread of its own, which must not outlive its client; and where Python raises nothing."""
+    environment = {**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED.replace("{body}", body)], env=environment, cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "crystal-jax verify: interrupted; the same command goes on where it was\n"
 
 
 def test_a_reader_that_closes_our_output_is_no_error(run_cli: RunCli) -> None:

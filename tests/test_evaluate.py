@@ -7,7 +7,7 @@ import pytest
 
 from crystal_jax import sharding
 from crystal_jax.config import MeshConfig, ModelConfig
-from crystal_jax.evaluate import HeldOut, unigram_entropy
+from crystal_jax.evaluate import HeldOut, measures, unigram_entropy
 from crystal_jax.model import Crystal, init_params
 
 MODEL = ModelConfig(vocab_size=32, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=24, max_length=16, rotary_dim=4)
@@ -29,6 +29,13 @@ def test_the_loss_is_the_mean_over_all_windows_whatever_the_batch(rows: int) -> 
     written = sum(int(token) % 5 for token in windows[:, 1:].flat)
     assert values["bits_per_byte"] == pytest.approx(float(loss) * rows * 8 / np.log(2) / written, rel=1e-5)
     assert found["seconds"] > 0
+
+
+@pytest.mark.parametrize("targets", [[[0, 5]], [[1, 6]], [[7, 1]]])
+def test_bits_per_byte_of_nothing_known_are_left_out(targets: list[list[int]]) -> None:
+    """Special tokens only; tokens that the tokenizer lacks. The rest stands."""
+    found = measures(2.0, np.array(targets), np.arange(6) % 5)
+    assert found == {"loss": 1.0, "perplexity": pytest.approx(np.e), "tokens": 2}
 
 
 def test_unigram_entropy_against_its_definition() -> None:

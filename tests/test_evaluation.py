@@ -28,7 +28,7 @@ from crystal_jax.evaluation import infilling, memorisation, walk
 from crystal_jax.evaluation.subject import Subject, open_subject
 from crystal_jax.evaluation.walk import Task, evaluate_all, read_results
 from crystal_jax.history import load_run
-from crystal_jax.plots_evaluations import draw_evaluations, panels_of
+from crystal_jax.plots_evaluations import as_published, draw_evaluations, panels_of
 from crystal_jax.published import HEADLINE
 from crystal_jax.run_dir import locked
 from crystal_jax.sampling import Request
@@ -109,6 +109,26 @@ def walked(run: Path, problems: Path) -> Path:
     return place
 
 
+def test_an_interrupt_is_one_line_and_no_crash(run: Path, tmp_path: Path) -> None:
+    """While infilling compiles what it needs, and later."""
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    arguments = [sys.executable, "-m", "crystal_jax", "evaluate", f"--checkpoint={place}", "--all",
+                 "--tasks=losses,infilling", "--gaps=100"]
+    given = {"env": {**OUTER_ENVIRONMENT, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}, "cwd": ROOT}
+    for delay in (0.5, 1.5, 2.5):
+        shutil.rmtree(place / "evaluations", ignore_errors=True)
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              **given) as process:
+            assert process.stderr is not None
+            assert "losses: " in process.stderr.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+        assert process.returncode == 130, said
+        assert said.endswith("crystal-jax evaluate: interrupted; the same command goes on where it was\n")
+
+
 def test_what_is_done_is_passed_over(walked: Path, problems: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("evaluate", f"--checkpoint={walked}", "--all", "--tasks=losses,humaneval", f"--humaneval={problems}",
             "--samples=10", *(["--run_untrusted_code"] if HELD else []))
@@ -184,7 +204,9 @@ def test_losses_are_those_that_training_measured(walked: Path) -> None:
         for domain, found in line["heldout"].items():
             if line["step"] in rows:
                 row = rows[line["step"]]
-                for name in ("loss", "perplexity", "bits_per_byte", "tokens"):
+                assert float(row[f"losses.{domain}.loss"]) == pytest.approx(found["loss"], rel=1e-5)
+                assert float(row[f"losses.{domain}.tokens"]) == found["tokens"]
+                for name in ("perplexity", "bits_per_byte"):
                     assert float(row[f"losses.{domain}.{name}"]) == pytest.approx(found[name], rel=1e-4)
                 assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
                 compared += 1
@@ -251,6 +273,15 @@ def test_the_report_shows_it(walked: Path, tmp_path: Path, capsys: pytest.Captur
     assert page.count(f"{final:.4f}") == 2
 
 
+@pytest.mark.parametrize(("task", "problems", "sound"), [
+    ("humaneval", 164, True), ("humaneval", 163, False), ("humaneval", None, False), ("mbpp", 500, True),
+    ("mbpp", 257, False), ("mmlu", None, True),
+])
+def test_published_values_are_of_all_problems(task: str, problems: int | None, sound: bool) -> None:
+    metrics = {HEADLINE[task]: 0.1} | ({"problems": float(problems)} if problems else {})
+    assert as_published({"task": task, "settings": {}, "metrics": metrics}) == sound
+
+
 @pytest.mark.drill
 def test_published_values_stand_beside_whole_tasks_only(walked: Path) -> None:
     run = load_run(walked)
@@ -283,6 +314,37 @@ def test_one_checkpoint(place: str, run: Path, capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     expected = load_run(run).evals[-1]["heldout"]["code"]["loss"]
     assert found["metrics"]["code.loss"] == pytest.approx(expected, rel=1e-5) and found["step"] == 16
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/16", "exports/phase3/step_000002"])
+def test_samples_of_a_runs_checkpoint_lie_in_the_run(place: str, run: Path, problems: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """And how they are scored is said, as it can be given to a shell."""
+    monkeypatch.chdir(tmp_path)
+    command("evaluate", f"--checkpoint={run / place}", "--tasks=humaneval", f"--humaneval={problems}", "--samples=1")
+    path = run / "evaluations" / "humaneval-phase3-step_000002.jsonl"
+    said = capsys.readouterr()
+    assert said.out == "humaneval: samples 2\n"
+    assert said.err.endswith(
+        f"humaneval: samples: {path}\nhumaneval: to score them: crystal-jax execute --samples={path} "
+        f"--problems={problems} --run_untrusted_code\n")
+    assert len(execute.read_lines(path, "--samples")) == 2
+    path.unlink()
+
+
+def test_samples_of_a_checkpoint_without_a_run_lie_here(run: Path, problems: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run / "exports/phase3/step_000002", tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["evaluate", "--checkpoint=alone", "--tasks=humaneval", f"--humaneval={problems}", "--samples=1"]
+    command(*arguments)
+    assert "--samples=humaneval-phase3-step_000002.jsonl " in capsys.readouterr().err
+    command(*arguments, "--output=there")
+    assert "--samples=there/humaneval-phase3-step_000002.jsonl " in capsys.readouterr().err
+    for folder in ("", "there"):
+        assert (tmp_path / folder / "humaneval-phase3-step_000002.jsonl").exists()
 
 
 # Memorisation
@@ -379,4 +441,6 @@ def test_mistakes_are_one_line(run: Path, problems: Path, tmp_path: Path,
     assert "losses is named twice" in complaint(at, "--tasks=losses,losses")
     (tmp_path / "bad.jsonl").write_text("{\n")
     assert "line 1 is no JSON" in complaint(at, "--tasks=humaneval", f"--humaneval={tmp_path / 'bad.jsonl'}")
+    assert "--limit=5: is for lm-eval tasks, and losses, humaneval takes none" in complaint(
+        at, "--tasks=losses,humaneval", "--limit=5")
     assert "--samples: 0 must be above 0" in complaint(at, "--tasks=losses", "--samples=0")

@@ -17,7 +17,7 @@ from conftest import ROOT, RunCli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crystal_jax import execute, sandbox
+from crystal_jax import cli, execute, sandbox
 from crystal_jax.errors import UserError
 
 HELD = all(sandbox.layers()[name] for name in execute.REQUIRED)
@@ -207,6 +207,40 @@ def test_the_command_scores_both_formats_and_goes_on_where_it_was(run_cli: RunCl
     assert json.loads(again.stdout) == summary
     assert results.read_text().splitlines()[:3] == lines[:3]
     assert len(results.read_text().splitlines()) == 7
+
+
+@needs_sandbox
+def test_a_glob_scores_each_file_but_results(run_cli: RunCli, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", PROBLEMS[:1])
+    for number, sample in enumerate(SAMPLES[:2]):
+        write(tmp_path / f"s-{number}.jsonl", [sample])
+    for _ in range(2):  # the second time there are results, which the glob fits too
+        done = run_cli("execute", "--samples=s-*.jsonl", f"--problems={problems}", "--json", "--run_untrusted_code",
+                       cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert [(line["results"], line["pass@1"]) for line in map(json.loads, done.stdout.splitlines())] == [
+            ("s-0.results.jsonl", 1.0), ("s-1.results.jsonl", 0.0)]
+    plain = run_cli("execute", "--samples=s-0.jsonl,s-1.jsonl", f"--problems={problems}", "--run_untrusted_code",
+                    cwd=tmp_path)
+    assert plain.stdout.count("pass@1") == 2 and plain.stdout.endswith("\nresults    s-1.results.jsonl\n")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--samples="], "--samples: names no file; give a JSONL file or a glob"),
+    (["--samples=none-*.jsonl"], "--samples=none-*.jsonl: no such file; give an existing file or glob"),
+    (["--samples=."], "--samples=.: a folder; give a JSONL file or a glob"),
+    (["--samples=gs://bucket/s.jsonl"], "programs are run from local files; copy it here"),
+    (["--samples=s-*.jsonl", "--output=o"], "--output=o: is for one file, and --samples names 2"),
+])
+def test_samples_that_are_not_there_are_one_line(arguments: list[str], said: str, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        write(tmp_path / f"s-{number}.jsonl", SAMPLES)
+    assert cli.main(["execute", *arguments, "--problems=p.jsonl", "--run_untrusted_code"]) == 1
+    shown = capsys.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
 @needs_sandbox

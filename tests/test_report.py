@@ -194,6 +194,14 @@ def test_heldout_losses_stand_beside_the_unigram_entropy(page: Page, finished: P
                            f"{math.exp(entropy):.1f}", f"{loss / math.log(2) / 3:.4f}"]
 
 
+def test_a_domain_without_bytes_has_a_dash(finished: Path) -> None:
+    run = load_run(finished)
+    for line in run.evals:
+        del line["heldout"]["code"]["bits_per_byte"]
+    shown = report._heldout_table(run)
+    assert shown.count(">-<") == 3 and run.evals[-1]["heldout"]["text"]["bits_per_byte"]
+
+
 def test_a_finished_run_has_read_the_recipe_exactly(page: Page, finished: Path) -> None:
     run = load_run(finished)
     for placed, given in zip(run.plan.phases, run.consumption(), strict=True):

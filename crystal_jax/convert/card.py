@@ -141,7 +141,7 @@ def card(weights: Weights, made: Made, dtype: str, command: str, note: str) -> s
         f"Made with:\n\n```\n{command}\n```" if command else "",
         "## Evaluation",
         _table(("Held-out text", "Loss in nats per token", "Bits per byte", "Tokens"),
-               [(domain, *(_shown(found[name]) for name in ("loss", "bits_per_byte", "tokens")))
+               [(domain, *(_shown(found.get(name, "-")) for name in ("loss", "bits_per_byte", "tokens")))
                 for domain, found in heldout.items()])
         if heldout else "The checkpoint has no evaluation of this step on record.",
         "## Loading",

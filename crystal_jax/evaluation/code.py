@@ -4,6 +4,8 @@ Samples are {"task_id", "completion"}, which other harnesses take too. Running t
 """
 
 import json
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from crystal_jax import files
 from crystal_jax.errors import UserError
 from crystal_jax.evaluation.subject import Subject
 from crystal_jax.evaluation.walk import Task
-from crystal_jax.execute import Problem, execute, format_of, read_problems, show_layers
+from crystal_jax.execute import RESULTS, Problem, execute, format_of, read_problems, show_layers
 from crystal_jax.sampling import Request, key_of, sample_texts
 
 TOP_P = 0.95
@@ -72,21 +74,34 @@ def code_task(name: str, settings: Settings) -> Task:
     benchmark = BENCHMARKS[name]
 
     def run(subject: Subject) -> dict[str, float]:
-        kept = files.as_path(settings.output) / f"{name}-{subject.info.get('name', 'samples').replace('/', '-')}"
+        kept = stem(settings.output, name, subject.info)
         lines = generate(subject, problems, benchmark, settings.samples)
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         files.write_bytes(f"{kept}.jsonl", data)
+        print(f"{name}: samples: {kept}.jsonl", file=sys.stderr)
         if not settings.run:
             return {"samples": float(len(lines))}
         with tempfile.TemporaryDirectory() as folder:  # what is kept may lie on gs://
             samples, results = Path(folder) / "samples.jsonl", Path(folder) / "results.jsonl"
             samples.write_bytes(data)
             found = execute(samples, settings.problems, results)
-            files.write_bytes(f"{kept}.results.jsonl", results.read_bytes())
+            files.write_bytes(f"{kept}{RESULTS}", results.read_bytes())
         return {key: float(value) for key, value in found.items()}
 
     return Task(name, run, {"task": name, "problems": files.sha256(settings.problems), "samples": settings.samples,
                             "temperature": benchmark.temperature, "top_p": TOP_P, "run": settings.run})
+
+
+def stem(folder: str, name: str, info: dict[str, Any]) -> files.Location:
+    """The path without its ending of what is kept of a benchmark for a checkpoint, by what it says of itself."""
+    return files.as_path(folder) / f"{name}-{info.get('name', 'samples').replace('/', '-')}"
+
+
+def how_to_score(samples: str, problems: str) -> str:
+    """The command to give next; samples: a file or a glob."""
+    given = " ".join(shlex.quote(word) for word in (f"--samples={samples}", f"--problems={problems}"))
+    copy = "copy them here, and with their names: " if files.is_remote(samples) else ""
+    return f"to score them: {copy}crystal-jax execute {given} --run_untrusted_code"
 
 
 def generate(subject: Subject, problems: dict[str, Problem], benchmark: Benchmark, samples: int) -> list[
@@ -101,7 +116,8 @@ def generate(subject: Subject, problems: dict[str, Problem], benchmark: Benchmar
     for name, problem in problems.items():
         prompt = (tokenizer.bos_id, *tokenizer.encode_document(benchmark.prompt(problem)))
         if len(prompt) >= room:
-            raise UserError(f"problem {name}: {len(prompt)} tokens leave no room in the model's context of {room}")
+            raise UserError(f"problem {name}: {len(prompt)} tokens leave no room in the model's context of {room}; "
+                            "evaluate a model with a longer one, or leave the problem out of the file")
         for sample in range(samples):
             names.append(problem["task_id"])
             asked.append(Request(prompt, min(MAX_TOKENS, room - len(prompt)), benchmark.temperature, TOP_P,
