@@ -20,7 +20,7 @@ from typing import Any
 from crystal_jax.config import Config, from_dict, to_dict
 from crystal_jax.errors import UserError, first_line
 from crystal_jax.generations import Slice, find_slice
-from crystal_jax.topology import ENVIRONMENT, MISSING, described, is_installed
+from crystal_jax.topology import ENVIRONMENT, described
 
 SCHEDULED = "after_optimizations_after_buffer_assignment"
 BUFFERS = "after_optimizations-buffer-assignment"
@@ -61,8 +61,6 @@ def compile_step(config: Config, piece: Slice, slices: int = 1, flags: dict[str,
     Raises:
       UserError: libtpu is missing, the mesh or the batch doesn't fit the devices, an unknown flag.
     """
-    if not is_installed():
-        raise UserError(MISSING)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="crystal-plan-") as name:
         folder = Path(name)

@@ -24,7 +24,7 @@ from crystal_jax.phases import make_plan
 from crystal_jax.plan_text import render, render_sweep
 from crystal_jax.rules import validate
 from crystal_jax.sharding import BATCH, filled
-from crystal_jax.topology import libtpu_version
+from crystal_jax.topology import MISSING, is_installed, libtpu_version
 from crystal_jax.utilisation import flops_per_token
 
 Note = Callable[[str], None]
@@ -47,6 +47,8 @@ def plan(config: Config, piece: Slice, slices: int = 1, flags: str = "default", 
       UserError: a config or flags that the devices or the compiler don't take; one that doesn't fit in memory is no
         error here, but "fits": false.
     """
+    if not is_installed():
+        raise UserError(MISSING)
     named = f"{piece.generation.name}:{'x'.join(map(str, piece.topology))}"
     note(f"compiling for {f'{slices} x ' if slices > 1 else ''}{named}, {layout(config, piece.devices * slices)}")
     compiled = compile_step(config, piece, slices, find_flags(flags, piece.generation), machine_code,

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -284,6 +285,41 @@ def test_every_flag_set_is_taken_by_the_pinned_compiler() -> None:
                             capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines() == [f"{name} {generation} True" for name, by in sets.items() for generation in by]
+
+@needs_compiler
+def test_what_the_guide_launches_can_be_laid_on_its_slices() -> None:
+    """Each row of docs/tpu.md's table and the example's settings: mesh, batch and model."""
+    rows = re.findall(r"^\| ((?:v\d|tpu)\S*) \|[^|]*\| (`.*?`) \|", (ROOT / "docs/tpu.md").read_text(), re.M)
+    asked = [(kind, [f"--config.training.{field}" for field in re.findall(r"`(.*?)`", given)]) for kind, given in rows]
+    example = (ROOT / "tpu/example.env").read_text()
+    kind = re.search(r"^TPU_TYPE=(\S+)", example, re.M)
+    given = re.findall(r"^  (--config\.training\.\S+)", example, re.M)
+    assert len(asked) == 5 and kind and given
+    program = f"""if True:
+        from crystal_jax import sharding
+        from crystal_jax.config import MeshConfig
+        from crystal_jax.config_file import load_config
+        from crystal_jax.errors import UserError
+        from crystal_jax.generations import find_slice
+        from crystal_jax.topology import described
+        for kind, given in {[*asked, (kind[1], given)]!r}:
+            config = load_config("configs/crystal_7b.py", given)
+            mesh = sharding.make_mesh(config.training.mesh, described(find_slice(kind)))
+            sharding.check_divisible(config, mesh)
+            print(kind, mesh.shape["fsdp"])
+        config.training.mesh = MeshConfig(data=16, fsdp=4, tensor=4)
+        try:
+            sharding.make_mesh(config.training.mesh, described(find_slice("v4:4x8x8")))
+        except UserError as error:
+            print(error)
+    """
+    result = subprocess.run([sys.executable, "-c", program], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+                            capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    *laid, refused = result.stdout.splitlines()
+    assert [line.split()[0] for line in laid] == [kind for kind, _ in asked] + ["v5p-256"]
+    assert refused == ("config.training.mesh: slice=1, data=16, fsdp=4, tensor=4 can't be laid on 4x8x8 chips: an axis "
+                       "must be made of whole sides of them; `plan --sweep` lists the meshes that can")
 
 
 MACHINE = Machine(find_slice("v5p:4x4x4"), {"slice": 1, "data": 4, "fsdp": 16, "tensor": 1},
