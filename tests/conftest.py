@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gcs import Emulator
     from running import Recipe
 
-pytest_plugins = ["drills"]
+pytest_plugins = ["drills", "evaluated"]
 if threading.current_thread() is threading.main_thread():
     # A shell ignores it for what it starts in the background, and so would every process that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
