@@ -74,7 +74,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=types)
         grid = mesh_utils.create_hybrid_device_mesh([1, *sizes[1:]], [slices, 1, 1, 1], devices)
     except NotImplementedError as error:
-        torus = "x".join(str(1 + max(side)) for side in zip(*(device.coords for device in devices), strict=True))
+        sides = [1 + max(side) for side in zip(*(device.coords for device in devices), strict=True)]
+        torus = "x".join(str(side) for side in sides if side > 1)
         shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"config.training.mesh: {shown} can't be laid on {torus} chips: an axis must be made of whole "
                         f"sides of them; `plan --sweep` lists the meshes that can") from error
