@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from crystal_jax import attention as attention_module
 from crystal_jax import recipe, sharding
 from crystal_jax.config import MeshConfig, ModelConfig
 from crystal_jax.kernels import Seen, attention, make_seen
-from crystal_jax.layers import rotary_tables
+from crystal_jax.layers import project, rotary_tables
 from crystal_jax.model import Crystal, init_params, is_spec, map_specs, parameter_count, truncated_normal
 
 SMALL = ModelConfig(vocab_size=40, embed_dim=16, num_layers=2, num_heads=2, mlp_dim=24, max_length=16, rotary_dim=4,
@@ -338,3 +339,21 @@ def test_layer_norm_computes_in_float32(small: tuple[Crystal, dict[str, Any]], d
     if dtype == "bfloat16":
         rounded = np.asarray(jnp.asarray(expected.astype(np.float32), dtype), np.float32)
         assert (np.asarray(ours, np.float32) == rounded).mean() > 0.98
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32() -> None:
+    """3,001 times one: bfloat16 holds 3,008 at best, and a sum in it stays at 256."""
+
+    class Weight(SimpleNamespace):
+        def __getitem__(self, _: Any) -> jax.Array:
+            return self.value
+
+    def total(bias: jax.Array) -> jax.Array:
+        layer: Any = SimpleNamespace(
+            up=Weight(value=jnp.zeros((4, 8)), spec=SimpleNamespace(axes=("embed", "mlp"))),
+            up_bias=Weight(value=bias, spec=SimpleNamespace(axes=("mlp",))))
+        found, = project("btd,df->btf", jnp.ones((1, 3001, 4), jnp.bfloat16), layer, ["up"], ("batch", "length", "mlp"))
+        assert found.dtype == jnp.bfloat16
+        return jnp.sum(found.astype(jnp.float32))
+
+    assert np.array_equal(jax.grad(total)(jnp.zeros(8)), np.full(8, 3001.0))
