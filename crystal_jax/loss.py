@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from crystal_jax import sharding
-from crystal_jax.products import first_of, on_devices, products, spread, tensor_ways, whole
+from crystal_jax.products import first_of, on_devices, product, products, spread, tensor_ways, whole
 from crystal_jax.sharding import AXES, BATCH, COPIES, Axes
 
 EMBED: Axes = ("vocab", "embed")
@@ -136,7 +136,7 @@ def _chunk(hidden_MD: jax.Array, targets_M: jax.Array, weights_M: jax.Array, hea
     by_lse_M1 = (weights_M * (1 + 2 * softmax.z_loss * lse_M))[:, None]
     grad_MV = (exp_MV * (by_lse_M1 / sum_M1) - jnp.where(mine_MV, weights_M[:, None], 0)) * softmax.scale
     grad_MV = grad_MV.astype(hidden_MD.dtype)
-    return (total, nll_M, jnp.einsum("mv,vd->md", grad_MV, head_VD),
+    return (total, nll_M, product("mv,vd->md", grad_MV, head_VD),
             jnp.einsum("mv,md->vd", grad_MV, hidden_MD, preferred_element_type=wide))
 
 

@@ -36,6 +36,31 @@ def whole(weight: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     return jax.lax.all_gather(weight, "fsdp", axis=axes.index("embed"), tiled=True)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum(x, y), summed up in float32 or wider and then rounded to x's dtype; its gradients likewise.
+
+    Every dim of x is in y or in the result, and every dim of y in x or in the result. Accelerators sum so whatever they
+    are asked for; a CPU multiplies bfloat16 as such, at twice float32's rate, where float32 comes out, and converts it
+    first where bfloat16 does.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(equation, x, y, preferred_element_type=wide).astype(x.dtype)
+
+
+def _product_forward(equation: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(equation, x, y), (x, y)
+
+
+def _product_backward(equation: str, kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (of_x, of_y), of_result = (side.split(",") for side in equation.split("->"))
+    x, y = kept
+    return product(f"{of_result[0]},{of_y}->{of_x}", grad, y), product(f"{of_x},{of_result[0]}->{of_y}", x, grad)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def spread(array: jax.Array) -> Sequence[str | tuple[str, ...] | None]:
     """The mesh axes of each dim of an array, by its type."""
     spec = jax.typeof(array).sharding.spec
@@ -65,12 +90,21 @@ def products(equation: str, x: jax.Array, weights: Sequence[jax.Array], axes: Ax
     def local(x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
         for dim in stream:
             x = jax.lax.all_gather(x, "tensor", axis=dim, tiled=True)
-        found = [jnp.einsum(equation, x, whole(weight, axes, x.dtype), preferred_element_type=dtype)
-                 for weight in weights]
+        found = [_product(equation, x, whole(weight, axes, x.dtype), dtype) for weight in weights]
         return [_sum_over_tensor(value, out) for value in found] if summed else found
 
     return on_devices(local, (P(*spread(x)), *(sharding.stored(axes) for _ in weights)),
                       [sharding.used(*out)] * len(weights), x, *weights)
+
+
+def _product(equation: str, x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None) -> jax.Array:
+    if dtype is not None:
+        return jnp.einsum(equation, x, weight, preferred_element_type=dtype)
+    if not jax.sharding.get_abstract_mesh().empty:  # where one varies and the other doesn't, its gradient is a sum
+        axes = [jax.typeof(array).manual_axis_type.varying for array in (x, weight)]
+        x, weight = (jax.lax.pcast(array, tuple(frozenset().union(*axes) - own), to="varying")
+                     for array, own in zip((x, weight), axes, strict=True))
+    return product(equation, x, weight)
 
 
 def _sum_over_tensor(value: jax.Array, out: Axes) -> jax.Array:
