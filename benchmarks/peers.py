@@ -17,7 +17,8 @@ and without remat. PYTHON is the interpreter of an environment with the peer alo
 The first is MaxText's own rule, which takes the versions it was tested with (jax 0.11.1); the second, PyPI as of
 Levanter's last release there, and the last jax that this runs with. Ours is Crystal, with biases, LayerNorm, loss per
 source and a finiteness check; the peers' block is Llama 2's. Since compilers differ, ours runs in MaxText's environment
-as well; Levanter's jax is too old for it. Losses are printed to show that each program learns its batch.
+as well; Levanter's jax is too old for it. Ours begins with huge pages, as `train` does; the peers have them, too, with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command. Losses are printed to show that each program learns its batch.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import numpy as np
 
 from benchmarks.rounds import Worker, turns
 from benchmarks.train_step import BATCH, DIM, HEADS, LAYERS, LENGTH, MLP, STEPS, VOCAB, ours
+from crystal_jax.cli import use_huge_pages
 from crystal_jax.errors import UserError
 
 SHAPE = {"layers": LAYERS, "dim": DIM, "heads": HEADS, "mlp": MLP, "vocab": VOCAB, "length": LENGTH, "batch": BATCH}
@@ -48,6 +50,7 @@ Taken = dict[str, list[dict[str, Any]]]
 
 
 def serve_ours(dtype: str, name: str) -> None:
+    use_huge_pages()
     run = ours(dtype, *OURS[name])
     tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     losses: list[float] = []

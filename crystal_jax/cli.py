@@ -62,10 +62,22 @@ class Parser(argparse.ArgumentParser):
 
 def start() -> NoReturn:
     """`main` as a process of its own."""
+    if sys.argv[1:2] == ["train"]:
+        use_huge_pages()
     ended: list[int] = []
     atexit.register(_leave, ended)  # before JAX is imported, so that it comes last
     ended.append(main())
     sys.exit(ended[0])
+
+
+def use_huge_pages() -> None:
+    """On a CPU, XLA has a step's buffers from malloc anew each time; their pages are made when they are first written.
+
+    Malloc reads how large they are from the environment that a process begins with, so this one begins again.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _leave(ended: list[int]) -> None:

@@ -226,3 +226,19 @@ def test_a_compiler_for_absent_tpus_says_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True,
                           check=True)
     assert done.stderr == "" and "Device" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's setting")
+@pytest.mark.parametrize(("before", "expected"), [
+    (None, "glibc.malloc.hugetlb=1"), ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0")])
+def test_train_begins_with_huge_pages(before: str | None, expected: str, tmp_path: Path) -> None:
+    """And with the arguments that it was given; a setting of the user's stays."""
+    seen = tmp_path / "a config.py"
+    seen.write_text(f"import os, pathlib\npathlib.Path({str(tmp_path / 'seen')!r}).write_text(os.environ.get("
+                    "'GLIBC_TUNABLES', '') + str(os.getpid()))\n")
+    environment = OUTER_ENVIRONMENT | ({"GLIBC_TUNABLES": before} if before else {})
+    with subprocess.Popen([sys.executable, "-m", "crystal_jax", "train", f"--config={seen}", "--run_dir=x"], cwd=ROOT,
+                          env=environment, stderr=subprocess.PIPE, text=True) as process:
+        said = process.communicate()[1]
+    assert process.returncode == 1 and f"{seen}: " in said, said
+    assert (tmp_path / "seen").read_text() == f"{expected}{process.pid}", "the process itself begins again"
