@@ -23,7 +23,7 @@ from crystal_jax.hlo import Program, total
 from crystal_jax.phases import make_plan
 from crystal_jax.plan_text import render, render_sweep
 from crystal_jax.rules import validate
-from crystal_jax.sharding import BATCH, filled
+from crystal_jax.sharding import BATCH, padded
 from crystal_jax.topology import MISSING, is_installed, libtpu_version
 from crystal_jax.utilisation import flops_per_token
 
@@ -75,7 +75,7 @@ def describe(compiled: Compiled, config: Config, piece: Slice, slices: int) -> d
         "mesh": compiled.mesh,
         "training": {name: getattr(config.training, name)
                      for name in ("remat", "attention", "accumulate", "pad_to", "dtype")},
-        "batch": {"sequences": sequences, "computed": filled(sequences, ways, config.training.accumulate),
+        "batch": {"sequences": sequences, "computed": padded(sequences, ways * config.training.accumulate),
                   "tokens": tokens, "sequences_per_chip": sequences / chips},
         "memory": room(compiled, program, config, generation.usable_gib),
         "flops": {"program": work.flops + work.kernel_flops, "kernels": work.kernel_flops, **formula},

@@ -92,7 +92,7 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
     for index, phase in enumerate(config.phases):
         size = phase.global_batch_size
         if not config.training.fill_batch:
-            added = filled(size, ways, parts) - size
+            added = padded(size, ways * parts) - size
             _divides(f"config.phases[{index}].global_batch_size", size, ways * parts,
                      "slice x data x fsdp" + (f", each {parts} times" if parts > 1 else ""),
                      f", or set config.training.fill_batch=true: {added:,} sequences of nothing are computed with it, "
@@ -113,11 +113,6 @@ def check_model_divisible(model: ModelConfig, mesh: Mesh, pad_to: int = 1) -> No
 def padded(size: int, to: int) -> int:
     """The next multiple of `to`: 11,008 for 10,922 and 32,256 for 32,032 with 256."""
     return -(-size // to) * to
-
-
-def filled(size: int, ways: int, accumulate: int = 1) -> int:
-    """A global batch of `size` once its blocks were filled up to the longest one, in `accumulate` equal parts."""
-    return padded(-(-size // ways), accumulate) * ways
 
 
 def _divides(path: str, value: int, ways: int, axis: str, otherwise: str = "") -> None:
@@ -206,11 +201,11 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], size: int | None = None,
               accumulate: int = 1) -> dict[str, jax.Array]:
     """This process's rows of a global batch of `size`, those of its `Part`, as arrays split over the batch axes.
 
-    Blocks are `filled` with zeros, of source -1: none. By default the mesh divides the batch.
+    Blocks are filled up with zeros, of source -1: none. By default the mesh divides the batch.
     """
     part, layout = Part.of(mesh), NamedSharding(mesh, P(STORED["batch"]))
     size = len(next(iter(batch.values()))) * part.ways // len(part.held) if size is None else size
-    share = filled(size, part.ways, accumulate) // part.ways
+    share = padded(size, part.ways * accumulate) // part.ways
     ends = np.cumsum([len(block) for block in part.blocks(size)])
 
     def put(rows: np.ndarray, filling: int) -> jax.Array:

@@ -102,7 +102,7 @@ def lower_step(config: Config, mesh: Mesh, phase: int = 0) -> jax.stages.Lowered
     opt_state = with_moments(jax.eval_shape(optimizer.init, saved["params"]), saved["moments"])
     whole = NamedSharding(mesh, P())
     size, T = config.phases[phase].global_batch_size, config.data.sequence_length
-    B = sharding.filled(size, sharding.batch_ways(mesh), config.training.accumulate)
+    B = sharding.padded(size, sharding.batch_ways(mesh) * config.training.accumulate)
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((B, *shape), dtype, sharding=sharding.named(mesh, ("batch",)))

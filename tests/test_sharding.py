@@ -152,7 +152,7 @@ def test_a_batch_that_does_not_divide_is_filled_up() -> None:
     mesh = make_mesh(MeshConfig(3, 1, 1), jax.devices()[:3])
     batch = {"inputs": np.arange(1, 49, dtype=np.int32).reshape(8, 6), "source": np.arange(8, dtype=np.int32)}
     placed = sharding.put_batch(mesh, batch, 8, 2)
-    assert sharding.filled(8, 3, 2) == 12 and sharding.filled(2112, 256) == 2304
+    assert sharding.padded(8, 3 * 2) == 12 and sharding.padded(2112, 256) == 2304
     assert placed["source"].tolist() == [0, 1, 2, -1, 3, 4, 5, -1, 6, 7, -1, -1]
     inside = np.asarray(placed["source"]) >= 0
     assert np.array_equal(np.asarray(placed["inputs"])[inside], batch["inputs"])
